@@ -1,0 +1,170 @@
+"""Records: what the registry (Redis) holds. Each has one writer, an epoch and, but for deployments, a TTL."""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+from shared.contracts.residency import Checkpoint, Progress, Source
+
+
+class Phase(enum.StrEnum):
+    """The phases of every service."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+
+
+class DeploymentState(enum.StrEnum):
+    """`importing` requests wait in the queue; `deleting` ones are refused."""
+
+    IMPORTING = "importing"
+    READY = "ready"
+    DELETING = "deleting"
+
+
+class ReplicaState(enum.StrEnum):
+    """A replica takes requests only while `ready`; `draining` ones finish what they have."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+
+
+class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What an operator asks for. `name` is what clients call the model.
+
+    `target_concurrency` is the number of requests that one replica answers at once; `keep_alive_s` how long an idle
+    replica stays; `max_context_tokens` caps prompt + completion (None: the model's own limit); `queue_limit` bounds
+    the requests outstanding (waiting or running); `lazy` leaves the import to the first request.
+    """
+
+    name: str
+    source: Source
+    min_replicas: int = 0
+    max_replicas: int = 1
+    target_concurrency: int = 16
+    keep_alive_s: float = 60.0
+    max_context_tokens: int | None = None
+    queue_limit: int = 1024
+    lazy: bool = False
+
+
+class DeploymentRecord(msgspec.Struct, frozen=True, kw_only=True, tag="deployment_record", omit_defaults=True):
+    """A deployment; persistent, written by the scheduler only.
+
+    `slug` names its queue (`[A-Za-z0-9_-]+`). `revision` is a hash of what the replicas depend on: a replica of another
+    revision is never given work. `checkpoint` is None until the first import has ended.
+    """
+
+    spec: DeploymentSpec
+    slug: str
+    revision: str
+    state: DeploymentState
+    created_at_s: float
+    checkpoint: Checkpoint | None = None
+    epoch: int = 0
+
+
+class ServerRecord(msgspec.Struct, frozen=True, kw_only=True, tag="server_record", omit_defaults=True):
+    """A server as its store sees it. Residency maps checkpoint id → bytes present and verified in that tier.
+
+    `leased_bytes` are the DRAM bytes that cannot be evicted now. `loads` are the loads queued or running.
+    `ssd_bytes_per_s` and `remote_bytes_per_s` are measured from real transfers, None before the first one.
+    """
+
+    server_id: str
+    phase: Phase
+    host: str
+    pid: int
+    dram_capacity_bytes: int
+    dram_used_bytes: int
+    leased_bytes: int
+    ssd_capacity_bytes: int
+    ssd_used_bytes: int
+    dram: dict[str, int] = {}
+    ssd: dict[str, int] = {}
+    loads: int = 0
+    ssd_bytes_per_s: float | None = None
+    remote_bytes_per_s: float | None = None
+    epoch: int = 0
+
+
+class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True, tag="worker_record", omit_defaults=True):
+    """A worker and its device. Memory is what replicas can use: on CUDA parameters + KV cache, on the CPU the KV cache."""
+
+    worker_id: str
+    server_id: str
+    phase: Phase
+    pid: int
+    device: str
+    device_name: str
+    memory_total_bytes: int
+    memory_used_bytes: int
+    max_replicas: int
+    epoch: int = 0
+
+
+class ReplicaRecord(msgspec.Struct, frozen=True, kw_only=True, tag="replica_record", omit_defaults=True):
+    """A replica, written by its worker. `idle_s` is the time since its last request ended (0 while one runs).
+
+    `slots` is how many requests it runs at once; `load` how far it is while `loading`.
+    """
+
+    replica_id: str
+    worker_id: str
+    server_id: str
+    deployment: str
+    revision: str
+    checkpoint_id: str
+    state: ReplicaState
+    slots: int
+    running: int = 0
+    idle_s: float = 0.0
+    memory_bytes: int = 0
+    finished_requests: int = 0
+    generated_tokens: int = 0
+    engine: str = ""
+    load: Progress | None = None
+    epoch: int = 0
+
+
+class GatewayRecord(msgspec.Struct, frozen=True, kw_only=True, tag="gateway_record", omit_defaults=True):
+    """A gateway and where it listens."""
+
+    gateway_id: str
+    phase: Phase
+    url: str
+    pid: int
+    open_requests: int = 0
+    epoch: int = 0
+
+
+class SchedulerRecord(msgspec.Struct, frozen=True, kw_only=True, tag="scheduler_record", omit_defaults=True):
+    """A scheduler."""
+
+    scheduler_id: str
+    phase: Phase
+    pid: int
+    epoch: int = 0
+
+
+Record = DeploymentRecord | ServerRecord | WorkerRecord | ReplicaRecord | GatewayRecord | SchedulerRecord
+
+
+class ClusterView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Everything that the registry says at one moment; what `hearth ps --json` and `GET /v1/admin/cluster` show.
+
+    `queue_depths` maps a deployment's name to its requests outstanding (waiting or running).
+    """
+
+    servers: tuple[ServerRecord, ...] = ()
+    workers: tuple[WorkerRecord, ...] = ()
+    replicas: tuple[ReplicaRecord, ...] = ()
+    deployments: tuple[DeploymentRecord, ...] = ()
+    gateways: tuple[GatewayRecord, ...] = ()
+    schedulers: tuple[SchedulerRecord, ...] = ()
+    queue_depths: dict[str, int] = {}

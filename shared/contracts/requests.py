@@ -1,0 +1,128 @@
+"""Requests: gateway → work queue → worker, the claim that gives ownership, and the cancel that ends it."""
+
+from __future__ import annotations
+
+import msgspec
+
+from shared.errors import Failure
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the next token is chosen. Noise is a function of (`seed`, token index) only: see `services/worker/sampling`.
+
+    `temperature` 0 means greedy. `top_k` 0 and `top_p` 1 and `min_p` 0 mean "off". `logit_bias` maps token id to an
+    addend. `stop` are strings that end the text (and are not part of it); `stop_token_ids` end it like an EOS token.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] | None = None
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+
+class ChatMessage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One message of a conversation, as the model's chat template sees it."""
+
+    role: str
+    content: str
+    name: str | None = None
+
+
+class ChatPrompt(msgspec.Struct, frozen=True, kw_only=True, tag="chat"):
+    """A conversation; the worker applies the model's chat template."""
+
+    messages: tuple[ChatMessage, ...]
+
+
+class TextPrompt(msgspec.Struct, frozen=True, kw_only=True, tag="text"):
+    """Plain text; tokenised as it stands, with the tokenizer's own special tokens."""
+
+    text: str
+
+
+class TokensPrompt(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
+    """Token ids, used as they are."""
+
+    token_ids: tuple[int, ...]
+
+
+Prompt = ChatPrompt | TextPrompt | TokensPrompt
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="request"):
+    """One client completion, as it lies in the work queue of its deployment.
+
+    A client's `n > 1` or list of prompts becomes several requests. `budget_s` is the time it may still take, counted
+    from its publication. `echo` repeats the prompt's text before the completion.
+    """
+
+    request_id: str
+    gateway_id: str
+    deployment: str
+    prompt: Prompt
+    sampling: Sampling
+    budget_s: float
+    echo: bool = False
+    traceparent: str | None = None
+
+
+class Claim(msgspec.Struct, frozen=True, kw_only=True, tag="claim"):
+    """A worker asks the gateway for the ownership of a request. `delivery` counts the queue's deliveries from 1."""
+
+    request_id: str
+    worker_id: str
+    replica_id: str
+    delivery: int = 1
+
+
+class Claimed(msgspec.Struct, frozen=True, kw_only=True, tag="claimed", omit_defaults=True):
+    """Ownership: only frames with this `epoch`, from index `len(token_ids)` on, are accepted from now on.
+
+    `token_ids` are the output tokens that the client already has; `waited_s` is the time since publication;
+    `budget_s` what is left of the budget.
+    """
+
+    epoch: int
+    budget_s: float
+    waited_s: float
+    token_ids: tuple[int, ...] = ()
+
+
+class Gone(msgspec.Struct, frozen=True, kw_only=True, tag="gone"):
+    """Nobody wants this request any more: acknowledge its queue message and forget it."""
+
+    reason: str
+
+
+class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag="cancel", omit_defaults=True):
+    """Gateway → worker: stop working on this request (at this epoch or an older one).
+
+    With `requeue` the queue message goes back (negative acknowledgement) so that another claim can resume it;
+    without, it is acknowledged.
+    """
+
+    request_id: str
+    epoch: int
+    requeue: bool = False
+
+
+class Demand(msgspec.Struct, frozen=True, kw_only=True, tag="demand"):
+    """Gateway → scheduler, a hint: a request of this deployment was queued just now."""
+
+    deployment: str
+
+
+__all__ = [
+    "Cancel", "ChatMessage", "ChatPrompt", "Claim", "Claimed", "Demand", "Failure", "Gone", "Prompt", "Request",
+    "Sampling", "TextPrompt", "TokensPrompt",
+]  # fmt: skip

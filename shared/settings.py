@@ -1,0 +1,172 @@
+"""Every environment variable that Hearth reads, in one place, with unit and default.
+
+A variable is `HEARTH_` + the field's name in capitals. A malformed value, or a `HEARTH_` variable that nobody knows,
+is a start-up error: a typo must not silently mean the default.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Final, TypeVar, get_args, get_origin, get_type_hints
+
+import msgspec
+
+PREFIX: Final = "HEARTH_"
+S = TypeVar("S", bound="CommonSettings")
+
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
+Bytes = Annotated[int, msgspec.Meta(ge=0)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+Id = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{0,64}$")]
+
+
+def _doc(text: str) -> Any:
+    return msgspec.Meta(description=text)
+
+
+class SettingsError(ValueError):
+    """The environment does not describe valid settings; the text names every fault."""
+
+
+class CommonSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What every service reads."""
+
+    nats_url: Annotated[str, _doc("NATS server with JetStream")] = "nats://127.0.0.1:4222"
+    redis_url: Annotated[str, _doc("Redis server of the registry")] = "redis://127.0.0.1:6379/0"
+    prefix: Annotated[Id, _doc("put before every subject and key; separates clusters that share servers")] = ""
+    log_level: Annotated[str, _doc("debug, info, warning or error")] = "info"
+    log_format: Annotated[str, _doc("auto (console on a terminal, else json), json or console")] = "auto"
+    metrics_port: Annotated[Port, _doc("port of /metrics on services without HTTP of their own; 0: none")] = 0
+    metrics_host: Annotated[str, _doc("address of /metrics on services without HTTP of their own")] = "127.0.0.1"
+    heartbeat_s: Annotated[Seconds, _doc("seconds between refreshes of a record")] = 1.0
+    record_ttl_s: Annotated[Seconds, _doc("seconds after which a record without heartbeat is gone")] = 5.0
+    drain_s: Annotated[Seconds, _doc("seconds that running requests get to finish at shutdown")] = 30.0
+    ack_wait_s: Annotated[Seconds, _doc("seconds after which the queue gives a silent worker's request to another")] = 10.0
+    max_deliveries: Annotated[Count, _doc("tries of one request before it fails with worker_lost")] = 5
+
+
+class GatewaySettings(CommonSettings, frozen=True, kw_only=True):
+    """`hearth gateway`."""
+
+    gateway_id: Annotated[Id, _doc("id of this gateway; empty: made up at start")] = ""
+    http_host: Annotated[str, _doc("address to listen on")] = "127.0.0.1"
+    http_port: Annotated[Port, _doc("port to listen on; 0: any free one")] = 8080
+    api_keys: Annotated[str, _doc("comma-separated keys of which a client must present one; empty: open")] = ""
+    request_budget_s: Annotated[Seconds, _doc("seconds that a request may take, cold start included")] = 600.0
+    hold_headers_s: Annotated[Seconds, _doc("seconds that a stream's headers wait for an early failure")] = 0.25
+    max_body_bytes: Annotated[Bytes, _doc("largest request body in bytes")] = 4 * 2**20
+    max_open_requests: Annotated[Count, _doc("requests open at once in this gateway")] = 10_000
+    max_choices: Annotated[Count, _doc("largest n × prompts of one call")] = 16
+    stream_buffer_bytes: Annotated[Bytes, _doc("bytes kept for a client that reads slowly, then it is dropped")] = 4 * 2**20
+
+
+class SchedulerSettings(CommonSettings, frozen=True, kw_only=True):
+    """`hearth scheduler`."""
+
+    scheduler_id: Annotated[Id, _doc("id of this scheduler; empty: made up at start")] = ""
+    look_interval_s: Annotated[Seconds, _doc("seconds between looks at the registry and the queues")] = 1.0
+    command_timeout_s: Annotated[Seconds, _doc("seconds after which a command without visible effect is forgotten")] = 10.0
+    kv_bytes_max: Annotated[Bytes, _doc("largest KV cache of one replica in bytes (one full context always fits)")] = 256 * 2**20
+
+
+class WorkerSettings(CommonSettings, frozen=True, kw_only=True):
+    """`hearth worker`."""
+
+    worker_id: Annotated[Id, _doc("id of this worker; empty: made up at start")] = ""
+    server_id: Annotated[Id, _doc("id of the server whose store this worker uses")] = "server-1"
+    device: Annotated[str, _doc("auto, cpu, cuda or cuda:N")] = "auto"
+    worker_memory_bytes: Annotated[Bytes, _doc("bytes for replicas; 0: 1/8 of DRAM on the CPU, 0.9 of a free GPU")] = 0
+    worker_max_replicas: Annotated[Count, _doc("replicas attached at once")] = 8
+    torch_threads: Annotated[int, msgspec.Meta(ge=0), _doc("threads of one torch operation; 0: torch's default")] = 0
+    lease_ttl_s: Annotated[Seconds, _doc("seconds that a lease outlives its last renewal")] = 15.0
+    engine: Annotated[str, _doc("auto, batching, sequential, or null (costs nothing, for benchmarks)")] = "auto"
+    kv_bytes_max: Annotated[Bytes, _doc("largest KV cache of one replica in bytes (one full context always fits)")] = 256 * 2**20
+
+
+class StoreSettings(CommonSettings, frozen=True, kw_only=True):
+    """`hearth store`."""
+
+    server_id: Annotated[Id, _doc("id of this server")] = "server-1"
+    store_dir: Annotated[str, _doc("directory of the SSD tier")] = ".hearth/store"
+    shm_dir: Annotated[str, _doc("directory of the DRAM pool's shared-memory file (a tmpfs)")] = "/dev/shm"
+    dram_bytes: Annotated[Bytes, _doc("size of the DRAM pool in bytes; 0: 1/8 of memory, at most 1 GiB")] = 0
+    ssd_bytes: Annotated[Bytes, _doc("capacity of the SSD tier in bytes; 0: 9/10 of what is free at start")] = 0
+    chunk_bytes: Annotated[Count, _doc("bytes of a chunk, the unit of I/O; a multiple of 4096")] = 16 * 2**20
+    io_threads: Annotated[Count, _doc("threads that read chunks")] = 4
+    verify_loads: Annotated[bool, _doc("verify checksums when loading from SSD (always done on import)")] = True
+
+
+SERVICES: Final[dict[str, type[CommonSettings]]] = {
+    "gateway": GatewaySettings,
+    "scheduler": SchedulerSettings,
+    "worker": WorkerSettings,
+    "store": StoreSettings,
+}
+
+# Read by the command line (`services/cli`), so that `hearth up` in the same shell is no start-up error of a service.
+CLI_VARIABLES: Final[dict[str, str]] = {
+    "HEARTH_URL": "the gateway that `hearth deploy|ps|delete|chat` talk to; default http://127.0.0.1:8080",
+    "HEARTH_API_KEY": "the key that `hearth deploy|ps|delete|chat` present",
+    "HEARTH_DATA_DIR": "where `hearth up` keeps its data; default .hearth",
+}
+
+
+def variable(field: str) -> str:
+    """The environment variable of a field."""
+    return PREFIX + field.upper()
+
+
+def fields(kind: type[CommonSettings]) -> Iterator[tuple[str, Any, str]]:
+    """(variable, default, description) of every setting of a service."""
+    hints = get_type_hints(kind, include_extras=True)
+    for field in msgspec.structs.fields(kind):
+        yield variable(field.name), field.default, _description(hints[field.name])
+
+
+def _description(hint: Any) -> str:
+    found = ""
+    for part in get_args(hint) if get_origin(hint) is Annotated else ():
+        if isinstance(part, msgspec.Meta) and part.description:
+            found = part.description
+    return found
+
+
+def known_variables() -> set[str]:
+    """Every variable that some part of Hearth reads."""
+    return {name for kind in SERVICES.values() for name, _, _ in fields(kind)} | set(CLI_VARIABLES)
+
+
+def load(kind: type[S], environ: Mapping[str, str] | None = None) -> S:
+    """The settings of a service from the environment. Raises `SettingsError` naming every unknown or malformed variable."""
+    environ = os.environ if environ is None else environ
+    faults = [
+        f"{name} is not a setting of Hearth" for name in sorted(environ) if name.startswith(PREFIX) and name not in known_variables()
+    ]
+    values: dict[str, Any] = {}
+    for field in msgspec.structs.fields(kind):
+        raw = environ.get(variable(field.name))
+        if raw is None:
+            continue
+        try:
+            values[field.name] = msgspec.convert(raw, field.type, strict=False)
+        except msgspec.ValidationError as error:
+            faults.append(f"{variable(field.name)}={raw!r} is malformed: {error}")
+    if faults:
+        raise SettingsError("; ".join(faults))
+    return kind(**values)
+
+
+_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "512MiB", "2G", "1.5 TB" or "4096" (binary with an i or without B, decimal as in "MB"). Raises `SettingsError`."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise SettingsError(f"{text!r} is no size; write for instance 512MiB or 2GiB")
+    number, letter, binary = match.groups()
+    base = 1024 if binary or not text.strip().upper().endswith("B") else 1000
+    return int(float(number) * base ** " KMGT".index(letter.upper() or " "))
