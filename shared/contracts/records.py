@@ -7,6 +7,7 @@ import enum
 import msgspec
 
 from shared.contracts.residency import Checkpoint, Progress, Source
+from shared.errors import Failure
 
 
 class Phase(enum.StrEnum):
@@ -57,7 +58,9 @@ class DeploymentRecord(msgspec.Struct, frozen=True, kw_only=True, tag="deploymen
     """A deployment; persistent, written by the scheduler only.
 
     `slug` names its queue (`[A-Za-z0-9_-]+`). `revision` is a hash of what the replicas depend on: a replica of another
-    revision is never given work. `checkpoint` is None until the first import has ended.
+    revision is never given work. `checkpoint` is None until the first import has ended;
+    `weight_bytes` is what inspecting the source found (0: unknown). `failure` is set while the model cannot be loaded:
+    gateways end waiting requests with it and answer new ones with it until it is cleared.
     """
 
     spec: DeploymentSpec
@@ -66,6 +69,8 @@ class DeploymentRecord(msgspec.Struct, frozen=True, kw_only=True, tag="deploymen
     state: DeploymentState
     created_at_s: float
     checkpoint: Checkpoint | None = None
+    weight_bytes: int = 0
+    failure: Failure | None = None
     epoch: int = 0
 
 
