@@ -18,8 +18,13 @@ def configure(service: str, id: str, *, level: str, form: str) -> None:
     """Set up logging of this process. `level` and `form` are the settings `log_level` and `log_format`."""
     if form == "auto":
         form = "console" if sys.stderr.isatty() else "json"
+
+    def stamp(_: Any, __: str, event: dict[str, Any]) -> dict[str, Any]:
+        # A constant of the process, not a context variable: threads log too.
+        return {"service": service, "id": id, **event}
+
     processors: list[Any] = [
-        structlog.contextvars.merge_contextvars,
+        stamp,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
@@ -34,8 +39,6 @@ def configure(service: str, id: str, *, level: str, form: str) -> None:
         logger_factory=structlog.WriteLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
-    structlog.contextvars.clear_contextvars()
-    structlog.contextvars.bind_contextvars(service=service, id=id)
     # Libraries log through the standard library: only what matters, in the same stream.
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
 

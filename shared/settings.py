@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Final, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Final, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -37,8 +37,8 @@ class CommonSettings(msgspec.Struct, frozen=True, kw_only=True):
     nats_url: Annotated[str, _doc("NATS server with JetStream")] = "nats://127.0.0.1:4222"
     redis_url: Annotated[str, _doc("Redis server of the registry")] = "redis://127.0.0.1:6379/0"
     prefix: Annotated[Id, _doc("put before every subject and key; separates clusters that share servers")] = ""
-    log_level: Annotated[str, _doc("debug, info, warning or error")] = "info"
-    log_format: Annotated[str, _doc("auto (console on a terminal, else json), json or console")] = "auto"
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], _doc("debug, info, warning or error")] = "info"
+    log_format: Annotated[Literal["auto", "json", "console"], _doc("auto (console on a terminal, else json), json or console")] = "auto"
     metrics_port: Annotated[Port, _doc("port of /metrics on services without HTTP of their own; 0: none")] = 0
     metrics_host: Annotated[str, _doc("address of /metrics on services without HTTP of their own")] = "127.0.0.1"
     heartbeat_s: Annotated[Seconds, _doc("seconds between refreshes of a record")] = 1.0
@@ -46,6 +46,11 @@ class CommonSettings(msgspec.Struct, frozen=True, kw_only=True):
     drain_s: Annotated[Seconds, _doc("seconds that running requests get to finish at shutdown")] = 30.0
     ack_wait_s: Annotated[Seconds, _doc("seconds after which the queue gives a silent worker's request to another")] = 10.0
     max_deliveries: Annotated[Count, _doc("tries of one request before it fails with worker_lost")] = 5
+
+    @property
+    def own_id(self) -> str:
+        """The id that the operator gave to this service, or ""."""
+        return ""
 
 
 class GatewaySettings(CommonSettings, frozen=True, kw_only=True):
@@ -62,14 +67,25 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True):
     max_choices: Annotated[Count, _doc("largest n × prompts of one call")] = 16
     stream_buffer_bytes: Annotated[Bytes, _doc("bytes kept for a client that reads slowly, then it is dropped")] = 4 * 2**20
 
+    @property
+    def own_id(self) -> str:
+        """The id that the operator gave to this service, or ""."""
+        return self.gateway_id
+
 
 class SchedulerSettings(CommonSettings, frozen=True, kw_only=True):
     """`hearth scheduler`."""
 
     scheduler_id: Annotated[Id, _doc("id of this scheduler; empty: made up at start")] = ""
+    queue_limit: Annotated[Count, _doc("requests outstanding per deployment over all gateways")] = 4096
     look_interval_s: Annotated[Seconds, _doc("seconds between looks at the registry and the queues")] = 1.0
     command_timeout_s: Annotated[Seconds, _doc("seconds after which a command without visible effect is forgotten")] = 10.0
     kv_bytes_max: Annotated[Bytes, _doc("largest KV cache of one replica in bytes (one full context always fits)")] = 256 * 2**20
+
+    @property
+    def own_id(self) -> str:
+        """The id that the operator gave to this service, or ""."""
+        return self.scheduler_id
 
 
 class WorkerSettings(CommonSettings, frozen=True, kw_only=True):
@@ -85,6 +101,11 @@ class WorkerSettings(CommonSettings, frozen=True, kw_only=True):
     engine: Annotated[str, _doc("auto, batching, sequential, or null (costs nothing, for benchmarks)")] = "auto"
     kv_bytes_max: Annotated[Bytes, _doc("largest KV cache of one replica in bytes (one full context always fits)")] = 256 * 2**20
 
+    @property
+    def own_id(self) -> str:
+        """The id that the operator gave to this service, or ""."""
+        return self.worker_id
+
 
 class StoreSettings(CommonSettings, frozen=True, kw_only=True):
     """`hearth store`."""
@@ -97,6 +118,11 @@ class StoreSettings(CommonSettings, frozen=True, kw_only=True):
     chunk_bytes: Annotated[Count, _doc("bytes of a chunk, the unit of I/O; a multiple of 4096")] = 16 * 2**20
     io_threads: Annotated[Count, _doc("threads that read chunks")] = 4
     verify_loads: Annotated[bool, _doc("verify checksums when loading from SSD (always done on import)")] = True
+
+    @property
+    def own_id(self) -> str:
+        """The id that the operator gave to this service, or ""."""
+        return self.server_id
 
 
 SERVICES: Final[dict[str, type[CommonSettings]]] = {

@@ -1,0 +1,229 @@
+"""The life of a service: settings → log → clients → serve → drain → gone.
+
+Phases are `starting → ready → draining → stopped` and stand in the service's record. SIGTERM or SIGINT begins the
+drain; a second one ends the process at once. A crash is an exit code ≠ 0, and whoever supervises restarts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Generic, TypeVar
+
+from shared import log, metrics
+from shared.bus import Bus
+from shared.contracts.events import ClusterEvent, RecordChanged
+from shared.contracts.records import Phase, Record
+from shared.errors import HearthError
+from shared.registry import Registry, record_id, record_kind
+from shared.settings import CommonSettings, SettingsError, load
+from shared.subjects import EVENTS, RECORD_CHANGED
+
+S = TypeVar("S", bound=CommonSettings)
+
+
+class _Finished(Exception):
+    """Raised inside the service's TaskGroup to end what still runs in it."""
+
+
+class Heartbeat:
+    """Keeps one record in the registry: at once, every `heartbeat_s`, and whenever it is touched."""
+
+    def __init__(self, context: Context[Any], make_record: Callable[[Phase], Record]) -> None:
+        self._context = context
+        self._make = make_record
+        self._touched = asyncio.Event()
+        self._missed = False
+
+    def touch(self) -> None:
+        """The record changed: write it now and tell those who keep a picture."""
+        self._touched.set()
+
+    async def push(self) -> None:
+        """Write the record and tell."""
+        record = self._make(self._context.phase)
+        await self._context.registry.put(record, ttl_s=self._context.settings.record_ttl_s)
+        self._context.changed(type(record), record_id(record))
+
+    async def run(self) -> None:
+        """Beat until cancelled."""
+        while True:
+            try:
+                await self.push()
+                self._missed = False
+            except HearthError as error:  # Redis is away: the record expires, the service goes on
+                if not self._missed:
+                    self._context.log.warning("heartbeat.missed", error=error.failure.message)
+                self._missed = True
+            try:
+                async with asyncio.timeout(self._context.settings.heartbeat_s):
+                    await self._touched.wait()
+            except TimeoutError:
+                continue
+            self._touched.clear()
+
+    async def remove(self) -> None:
+        """Delete the record."""
+        record = self._make(Phase.STOPPED)
+        await self._context.registry.delete(type(record), record_id(record))
+        self._context.changed(type(record), record_id(record), deleted=True)
+
+
+class Context(Generic[S]):
+    """What the wiring of a service works with."""
+
+    def __init__(
+        self,
+        *,
+        service: str,
+        id: str,
+        settings: S,
+        bus: Bus,
+        registry: Registry,
+        tasks: asyncio.TaskGroup,
+    ) -> None:
+        self.service = service
+        self.id = id
+        self.settings = settings
+        self.bus = bus
+        self.registry = registry
+        self.tasks = tasks
+        self.stopping = asyncio.Event()
+        self.phase = Phase.STARTING
+        self.log = log.get(service)
+        self._beats: list[Heartbeat] = []
+
+    def heartbeat(self, make_record: Callable[[Phase], Record]) -> Heartbeat:
+        """Keep a record from now on; it is removed when the service ends."""
+        beat = Heartbeat(self, make_record)
+        self._beats.append(beat)
+        self.tasks.create_task(beat.run(), name="heartbeat")
+        return beat
+
+    def changed(self, kind: type, id: str, deleted: bool = False) -> None:
+        """Tell those who keep a picture that a record changed."""
+        name = record_kind(kind)
+        self.bus.publish(RECORD_CHANGED, RecordChanged(kind=name, id=id, deleted=deleted), kind=name)
+
+    def event(self, name: str, **facts: str | int | float | bool | None) -> None:
+        """Log something that happened and tell the cluster."""
+        self.log.info(name, **facts)
+        self.bus.publish(
+            EVENTS, ClusterEvent(event=name, service=self.id, at_s=time.time(), facts=facts), service=self.service
+        )
+
+    async def ready(self) -> None:
+        """The service can answer: say so in its records, at once."""
+        self.phase = Phase.READY
+        for beat in self._beats:
+            await beat.push()
+        self.log.info("service.ready")
+
+    async def drain(self) -> None:
+        """The service takes nothing new: say so in its records, at once."""
+        self.phase = Phase.DRAINING
+        for beat in self._beats:
+            try:
+                await beat.push()
+            except HearthError:
+                continue  # Redis is away: the record expires by itself
+        self.log.info("service.draining")
+
+    async def close(self) -> None:
+        """Remove the records."""
+        self.phase = Phase.STOPPED
+        for beat in self._beats:
+            try:
+                await beat.remove()
+            except HearthError:
+                continue  # Redis is away: the record expires by itself
+
+
+Serve = Callable[[Context[S]], Awaitable[None]]
+
+
+def make_id(kind: str) -> str:
+    """A fresh id, such as "gateway-1f3a9c"."""
+    return f"{kind}-{secrets.token_hex(3)}"
+
+
+async def run_service(service: str, id: str, settings: S, serve: Serve[S], stopping: asyncio.Event | None = None) -> None:
+    """One whole life of a service on the running loop. `stopping`, when given, begins the drain (tests).
+
+    Raises `HearthError` (unavailable) if NATS or Redis cannot be reached at the start.
+    """
+    async with (
+        Bus.connect(settings.nats_url, name=id, prefix=settings.prefix) as bus,
+        Registry.connect(settings.redis_url, prefix=settings.prefix) as registry,
+    ):
+        await registry.ping()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                context = Context(
+                    service=service, id=id, settings=settings, bus=bus, registry=registry, tasks=tasks
+                )
+                if stopping is not None:
+                    context.stopping = stopping
+                await serve(context)
+                await context.close()
+                raise _Finished
+        except* _Finished:
+            pass
+
+
+def run(service: str, settings_type: type[S], serve: Serve[S]) -> int:
+    """The `main` of a service; its exit code."""
+    try:
+        settings = load(settings_type)
+    except SettingsError as error:
+        print(f"hearth {service}: {error}", file=sys.stderr)
+        return 2
+    id = settings.own_id or make_id(service)
+    log.configure(service, id, level=settings.log_level, form=settings.log_format)
+    logger = log.get(service)
+    stop_metrics: Callable[[], None] | None = None
+    try:
+        if settings.metrics_port:
+            stop_metrics = metrics.serve(settings.metrics_port, settings.metrics_host)
+        asyncio.run(_with_signals(service, id, settings, serve))
+    except HearthError as error:
+        logger.error("service.failed", code=error.failure.code.value, message=error.failure.message)
+        return 1
+    except OSError as error:
+        logger.error("service.failed", code="os", message=str(error))
+        return 1
+    except BaseExceptionGroup as group:
+        for error in _leaves(group):
+            logger.error("service.crashed", error=f"{type(error).__name__}: {error}", exc_info=error)
+        return 1
+    finally:
+        if stop_metrics is not None:
+            stop_metrics()
+    logger.info("service.stopped")
+    return 0
+
+
+async def _with_signals(service: str, id: str, settings: S, serve: Serve[S]) -> None:
+    stopping = asyncio.Event()
+
+    def stop() -> None:
+        if stopping.is_set():
+            os._exit(130)  # asked twice: at once
+        stopping.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    await run_service(service, id, settings, serve, stopping)
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    found: list[BaseException] = []
+    for error in group.exceptions:
+        found.extend(_leaves(error) if isinstance(error, BaseExceptionGroup) else [error])
+    return found
