@@ -11,7 +11,7 @@ from typing import Final
 
 import msgspec
 
-from shared.contracts.residency import Checkpoint
+from shared.contracts.residency import Checkpoint, Source
 
 MANIFEST_NAME: Final = "hearth.json"
 FORMAT_VERSION: Final = 1
@@ -49,7 +49,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     `tensors` are in the order in which they lie in the files. `tied` maps a parameter's name to the tensor that it
     shares (stored once, under one name). `chunks` holds one xxh3_64 (16 hex digits) per `chunk_bytes` of the image; the
-    last chunk is as long as what is left. `config_digest` is the SHA-256 (hex) of config.json as stored.
+    last chunk is as long as what is left. `small_files` maps every other file of the checkpoint (config.json, tokenizer, …)
+    to its SHA-256 (hex), `config_digest` is one SHA-256 over all of them. `source` is what was asked for when it was
+    imported, `revision` what that was at that moment (a commit of the hub, a fingerprint of a directory).
     """
 
     format_version: int
@@ -59,9 +61,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     tensors: dict[str, TensorEntry]
     chunks: tuple[str, ...]
     config_digest: str
+    small_files: dict[str, str] = {}
     tied: dict[str, str] = {}
-    source: str = ""
-    revision: str | None = None
+    source: Source | None = None
+    revision: str = ""
 
     def starts(self) -> tuple[int, ...]:
         """Byte offset of each weight file in the image."""
@@ -88,6 +91,6 @@ def decode_manifest(data: bytes) -> Manifest:
 
 
 __all__ = [
-    "CHUNK_BYTES", "FORMAT_VERSION", "MANIFEST_NAME", "PAGE_BYTES", "Checkpoint", "Manifest", "TensorEntry", "WeightFile",
-    "decode_manifest", "encode_manifest", "padded_bytes",
+    "CHUNK_BYTES", "FORMAT_VERSION", "MANIFEST_NAME", "PAGE_BYTES", "Checkpoint", "Manifest", "Source", "TensorEntry",
+    "WeightFile", "decode_manifest", "encode_manifest", "padded_bytes",
 ]  # fmt: skip

@@ -1,0 +1,363 @@
+"""The checkpoint format, without any input or output: safetensors headers, layout, checksum table, ids, read plans.
+
+The safetensors format: 8 bytes little-endian header length N, N bytes JSON (may end in spaces), then the data; tensors
+cover the data without holes, overlaps or trailing bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+
+from shared.contracts.manifest import FORMAT_VERSION, PAGE_BYTES, Manifest, TensorEntry, padded_bytes
+from shared.contracts.residency import Extent
+from shared.errors import Code, HearthError
+
+# Bits per element and torch's name, by safetensors' dtype name.
+DTYPES: Final[dict[str, tuple[int, str]]] = {
+    "F64": (64, "float64"),
+    "F32": (32, "float32"),
+    "F16": (16, "float16"),
+    "BF16": (16, "bfloat16"),
+    "F8_E4M3": (8, "float8_e4m3fn"),
+    "F8_E5M2": (8, "float8_e5m2"),
+    "F8_E8M0": (8, "float8_e8m0fnu"),
+    "F4": (4, "float4_e2m1fn_x2"),
+    "C64": (64, "complex64"),
+    "I64": (64, "int64"),
+    "U64": (64, "uint64"),
+    "I32": (32, "int32"),
+    "U32": (32, "uint32"),
+    "I16": (16, "int16"),
+    "U16": (16, "uint16"),
+    "I8": (8, "int8"),
+    "U8": (8, "uint8"),
+    "BOOL": (8, "bool"),
+}
+FLOATS: Final = ("F64", "F32", "F16", "BF16")  # what a dtype cast changes
+CASTS: Final = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+ALIGNMENT_BYTES: Final = 64  # of every tensor whose size allows it: a cache line, and enough for any vector load
+HEADER_LIMIT_BYTES: Final = 100_000_000  # the safetensors library's own limit
+
+_ID: Final = re.compile(r"[0-9a-f]{32}")
+
+
+def corrupt(message: str) -> HearthError:
+    """What every malformed source raises."""
+    return HearthError(Code.INVALID_CHECKPOINT, message)
+
+
+# -- safetensors headers -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderTensor:
+    """A tensor as a safetensors header describes it; `offset` is absolute in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    bytes: int
+
+
+def header_bytes(first: bytes, file_bytes: int, name: str) -> int:
+    """Length of the JSON header, from a file's first 8 bytes. Raises `invalid_checkpoint` when it cannot be one."""
+    if len(first) < 8 or file_bytes < 10:
+        raise corrupt(f"{name} is truncated: {file_bytes} bytes are too few for a safetensors file.")
+    length = int.from_bytes(first[:8], "little")
+    if length > HEADER_LIMIT_BYTES:
+        raise corrupt(f"{name} is no safetensors file: its header claims {length} bytes.")
+    if 8 + length > file_bytes:
+        raise corrupt(f"{name} is truncated: its header needs {8 + length} bytes, the file has {file_bytes}.")
+    return length
+
+
+def parse_header(header: bytes, file_bytes: int, name: str) -> dict[str, HeaderTensor]:
+    """The tensors of a safetensors file in the order of their data. Raises `invalid_checkpoint` with the reason."""
+    try:
+        table = json.loads(header)
+    except ValueError as error:
+        raise corrupt(f"{name} has a malformed safetensors header: {error}") from error
+    if not isinstance(table, dict):
+        raise corrupt(f"{name} has a malformed safetensors header: it is no table.")
+    start = 8 + len(header)
+    tensors: dict[str, HeaderTensor] = {}
+    for key, entry in table.items():
+        if key == "__metadata__":
+            continue
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            numbers = (*shape, begin, end)
+        except (TypeError, KeyError, ValueError) as error:
+            raise corrupt(f"{name} has a malformed entry for tensor {key!r}.") from error
+        if dtype not in DTYPES:
+            raise HearthError(Code.UNSUPPORTED, f"{name}: tensor {key!r} has the unknown dtype {dtype!r}.")
+        if any(type(number) is not int or number < 0 for number in numbers):
+            raise corrupt(f"{name} has a malformed entry for tensor {key!r}.")
+        if end - begin != tensor_bytes(dtype, shape):
+            raise corrupt(f"{name}: tensor {key!r} of shape {list(shape)} does not fit into {end - begin} bytes.")
+        tensors[key] = HeaderTensor(dtype=dtype, shape=shape, offset=start + begin, bytes=end - begin)
+    in_order = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].bytes)))
+    at = start
+    for key, tensor in in_order.items():
+        if tensor.offset != at:
+            raise corrupt(f"{name} is malformed: tensor {key!r} begins at byte {tensor.offset} instead of {at}.")
+        at += tensor.bytes
+    if at > file_bytes:
+        raise corrupt(f"{name} is truncated: its tensors need {at} bytes, the file has {file_bytes}.")
+    if at < file_bytes:
+        raise corrupt(f"{name} is malformed: {file_bytes - at} bytes follow its last tensor.")
+    return in_order
+
+
+def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
+    """Size of a tensor in bytes."""
+    elements = 1
+    for extent in shape:
+        elements *= extent
+    return -(-elements * DTYPES[dtype][0] // 8)
+
+
+# -- layout ------------------------------------------------------------------------------------------------------------
+
+_EMBEDDINGS: Final = re.compile(
+    r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|wpe|embed_positions|embeddings?|project_in)(\.|_|$)"
+)
+_HEADS: Final = re.compile(r"(^|\.)(lm_head|embed_out|output|score|project_out)(\.|$)")
+_LAYER: Final = re.compile(r"(?:^|\.)(\d+)\.")
+_NUMBER: Final = re.compile(r"(\d+)")
+# What runs before what inside a layer, by the first of these that occurs in the name after the layer's number.
+_IN_LAYER: Final = (
+    ("input_layernorm", "ln_1", "self_attn_layer_norm", "attention_norm", "input_norm"),
+    ("attn", "attention", "self_attn", "mixer", "conv"),
+    ("post_attention_layernorm", "ln_2", "pre_feedforward", "ffn_norm"),
+    ("mlp", "fc", "dense", "block_sparse_moe", "experts", "feed_forward", "ffn"),
+)
+
+
+def _execution_key(name: str) -> tuple[int, int, int, tuple[int | str, ...]]:
+    natural = tuple(int(part) if part.isdigit() else part for part in _NUMBER.split(name))
+    layer = _LAYER.search(name)
+    if layer is not None:
+        rest = name[layer.end() :]
+        rank = len(_IN_LAYER)
+        for index, words in enumerate(_IN_LAYER):
+            if any(rest.startswith(word) or f".{word}" in rest for word in words):
+                rank = index
+                break
+        return (1, int(layer.group(1)), rank, natural)
+    if _EMBEDDINGS.search(name):
+        return (0, 0, 0, natural)
+    if _HEADS.search(name):
+        return (3, 0, 0, natural)
+    return (2, 0, 0, natural)
+
+
+def execution_order(names: Iterable[str]) -> list[str]:
+    """Tensor names in the order in which a forward pass needs them: embedding, layer 0, 1, …, final norm, head."""
+    return sorted(names, key=_execution_key)
+
+
+def head_alias(names: Iterable[str]) -> tuple[str, str] | None:
+    """(head, word embedding) if the tensors have exactly one of each under names that can be tied."""
+    heads = [name for name in names if _is_head(name)]
+    words = [name for name in names if is_word_embedding(name)]
+    return (heads[0], words[0]) if len(heads) == 1 and len(words) == 1 else None
+
+
+def _is_head(name: str) -> bool:
+    return name in ("lm_head.weight", "embed_out.weight", "output.weight") or name.endswith(".lm_head.weight")
+
+
+def is_word_embedding(name: str) -> bool:
+    """Whether this tensor holds one row per token of the vocabulary."""
+    return re.search(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in)\.weight$", name) is not None
+
+
+def _lowest_bit(size_bytes: int) -> int:
+    return size_bytes & -size_bytes if size_bytes else ALIGNMENT_BYTES
+
+
+def layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, TensorEntry]]:
+    """Place tensors (name → dtype, shape) in one safetensors file.
+
+    Returns the head of the file (length, JSON, padding: its size is a multiple of `PAGE_BYTES`) and the entries in file
+    order. Tensors lie in execution order without holes; those whose size is no multiple of 64 bytes go last, by
+    falling power of two of their size, so that every tensor lies at a multiple of its element size.
+    """
+    order = execution_order(tensors)
+    sizes = {name: tensor_bytes(*tensors[name]) for name in order}
+    even = [name for name in order if sizes[name] % ALIGNMENT_BYTES == 0]
+    odd = sorted((name for name in order if sizes[name] % ALIGNMENT_BYTES), key=lambda name: -_lowest_bit(sizes[name]))
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name in (*even, *odd):
+        dtype, shape = tensors[name]
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + sizes[name]]}
+        at += sizes[name]
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    head_bytes = padded_bytes(8 + len(text))
+    if head_bytes - 8 > HEADER_LIMIT_BYTES:
+        raise HearthError(Code.UNSUPPORTED, f"{len(tensors)} tensors are too many for one safetensors file.")
+    head = (head_bytes - 8).to_bytes(8, "little") + text.ljust(head_bytes - 8, b" ")
+    entries: dict[str, TensorEntry] = {}
+    at = head_bytes
+    for name in (*even, *odd):
+        dtype, shape = tensors[name]
+        entries[name] = TensorEntry(file=0, offset=at, bytes=sizes[name], dtype=dtype, shape=shape)
+        at += sizes[name]
+    return head, entries
+
+
+# -- chunks and ids ----------------------------------------------------------------------------------------------------
+
+
+def chunk_count(image_bytes: int, chunk_bytes: int) -> int:
+    """Number of chunks of an image."""
+    return -(-image_bytes // chunk_bytes)
+
+
+def digest_of(small_files: Mapping[str, str]) -> str:
+    """One SHA-256 over the names and SHA-256 of the small files."""
+    lines = "".join(f"{name}\n{digest}\n" for name, digest in sorted(small_files.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def checkpoint_id(
+    *, head: bytes, tied: Mapping[str, str], chunk_bytes: int, chunks: Sequence[str], config_digest: str
+) -> str:
+    """The id: a hash of everything that makes two checkpoints the same, wherever and whenever they were imported."""
+    digest = hashlib.sha256()
+    for part in (f"hearth {FORMAT_VERSION} {chunk_bytes}", json.dumps(sorted(tied.items())), *chunks, config_digest):
+        digest.update(part.encode() + b"\n")
+    digest.update(head)
+    return digest.hexdigest()[:32]
+
+
+def validate(manifest: Manifest, sizes: Mapping[str, int]) -> None:
+    """Is this manifest sound, and do the files (name → bytes) have the sizes that it says?
+
+    Raises `checkpoint_corrupt` with the first fault; checksums are verified by reading.
+    """
+
+    def fault(message: str) -> HearthError:
+        return HearthError(Code.CHECKPOINT_CORRUPT, message)
+
+    if manifest.format_version != FORMAT_VERSION:
+        raise HearthError(Code.UNSUPPORTED, f"The manifest has format version {manifest.format_version}.")
+    if not _ID.fullmatch(manifest.checkpoint.checkpoint_id):
+        raise fault("The manifest's checkpoint id is malformed.")
+    if manifest.chunk_bytes <= 0 or manifest.chunk_bytes % PAGE_BYTES:
+        raise fault(f"The manifest's chunk size {manifest.chunk_bytes} is no multiple of {PAGE_BYTES}.")
+    for file in manifest.files:
+        if "/" in file.name or file.name.startswith("."):
+            raise fault(f"The manifest names the file {file.name!r}.")
+        if sizes.get(file.name) != file.bytes:
+            raise fault(f"{file.name} has {sizes.get(file.name)} bytes instead of {file.bytes}.")
+    for name in manifest.small_files:
+        if name not in sizes:
+            raise fault(f"{name} is missing.")
+    if len(manifest.chunks) != chunk_count(manifest.image_bytes(), manifest.chunk_bytes):
+        raise fault("The manifest's table of chunks does not cover the checkpoint.")
+    for name, tensor in manifest.tensors.items():
+        if tensor.dtype not in DTYPES or tensor.bytes != tensor_bytes(tensor.dtype, tensor.shape):
+            raise fault(f"The manifest's entry of tensor {name!r} is malformed.")
+        if not 0 <= tensor.file < len(manifest.files) or tensor.offset < 0:
+            raise fault(f"The manifest's entry of tensor {name!r} is malformed.")
+        if tensor.offset + tensor.bytes > manifest.files[tensor.file].bytes:
+            raise fault(f"Tensor {name!r} lies outside of its file.")
+
+
+def decode_stored(data: bytes) -> Manifest:
+    """The manifest in these bytes. Raises `checkpoint_corrupt`; a newer format version is `unsupported`."""
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except msgspec.DecodeError as error:
+        raise HearthError(Code.CHECKPOINT_CORRUPT, f"The manifest is malformed: {error}") from error
+    return manifest
+
+
+# -- read plans --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class FilePiece:
+    """A read: `length` bytes of file `file` from byte `offset`, to byte `at` of the chunk. Offsets are whole pages.
+
+    `data_bytes` of them exist; what is left up to `length` is the padding of the file's last page.
+    """
+
+    file: int
+    offset: int
+    length: int
+    data_bytes: int
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRead:
+    """Everything about reading one chunk: where it is on disk, where it goes in the segment, and its checksum."""
+
+    index: int
+    length: int
+    checksum: str
+    pieces: tuple[FilePiece, ...]
+    targets: tuple[Extent, ...]
+
+
+def plan_reads(manifest: Manifest, extents: Sequence[Extent]) -> list[ChunkRead]:
+    """The reads that bring a checkpoint's image into these extents of the segment, in the order of the image.
+
+    The extents together may be longer than the image; raises ValueError if they are shorter.
+    """
+    image_bytes = manifest.image_bytes()
+    if sum(extent.length for extent in extents) < image_bytes:
+        raise ValueError("the extents are too short for the image")
+    starts = manifest.starts()
+    plan: list[ChunkRead] = []
+    for index, checksum in enumerate(manifest.chunks):
+        begin = index * manifest.chunk_bytes
+        end = min(begin + manifest.chunk_bytes, image_bytes)
+        pieces: list[FilePiece] = []
+        for number, (start, file) in enumerate(zip(starts, manifest.files, strict=True)):
+            low, high = max(begin, start), min(end, start + padded_bytes(file.bytes))
+            if low < high:
+                offset = low - start
+                pieces.append(
+                    FilePiece(
+                        file=number,
+                        offset=offset,
+                        length=high - low,
+                        data_bytes=max(0, min(high - start, file.bytes) - offset),
+                        at=low - begin,
+                    )
+                )
+        targets = tuple(slice_extents(extents, begin, end))
+        plan.append(
+            ChunkRead(index=index, length=end - begin, checksum=checksum, pieces=tuple(pieces), targets=targets)
+        )
+    return plan
+
+
+def slice_extents(extents: Sequence[Extent], begin: int, end: int) -> list[Extent]:
+    """The part of these extents, taken one after another, that bytes `begin` to `end` occupy."""
+    found: list[Extent] = []
+    at = 0
+    for extent in extents:
+        low, high = max(begin, at), min(end, at + extent.length)
+        if low < high:
+            found.append(Extent(offset=extent.offset + low - at, length=high - low))
+        at += extent.length
+    return found
+
+
+def trim_extents(extents: Sequence[Extent], length: int) -> tuple[Extent, ...]:
+    """The first `length` bytes of these extents: what a lease shows of the chunks that were allocated."""
+    return tuple(slice_extents(extents, 0, length))
