@@ -1,0 +1,220 @@
+"""What can be typed: the verbs, their options, and which function runs each of them.
+
+Only `argparse` and the standard library are imported here; a verb's own module is imported when the verb runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, cast
+
+VERSION: Final = "0.1.0"
+DEFAULT_URL: Final = "http://127.0.0.1:8080"
+SERVICES: Final = {
+    "gateway": "the HTTP front: OpenAI's API, admission, the authority on what clients have been sent",
+    "scheduler": "decides where models are loaded and when replicas leave",
+    "worker": "owns a device and runs replicas of models",
+    "store": "keeps checkpoints in the tiers of one server",
+}
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One parsed command line: run `function` of `module` with the options."""
+
+    module: str
+    function: str
+    options: argparse.Namespace
+
+    def run(self) -> int:
+        """Import the verb's module and run it; its exit code."""
+        try:
+            module = importlib.import_module(self.module)
+        except ModuleNotFoundError as error:
+            missing = error.name or ""
+            if missing.split(".")[0] in {"services", "shared"}:
+                raise
+            print(
+                f"hearth: the Python package {missing!r} is not installed here; ./hearth installs everything, "
+                "pip install -e '.[store,worker]' does as well.",
+                file=sys.stderr,
+            )
+            return 1
+        function = cast(Callable[[argparse.Namespace], int], getattr(module, self.function))
+        return function(self.options)
+
+
+def _size(text: str) -> int:
+    from shared.settings import SettingsError, parse_size
+
+    try:
+        return parse_size(text)
+    except SettingsError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return number
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port (1 to 65535)")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        number = float(text[:-1] if text.endswith("s") else text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+    return number
+
+
+def _client(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--url",
+        default=os.environ.get("HEARTH_URL") or DEFAULT_URL,
+        help="the gateway (default: HEARTH_URL, else %(default)s)",
+    )
+
+
+def _data_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        type=Path,
+        default=Path(os.environ.get("HEARTH_DATA_DIR") or ".hearth"),
+        help="where the cluster keeps its data (default: HEARTH_DATA_DIR, else .hearth)",
+    )
+
+
+def _up(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--demo", action="store_true", help="deploy the demo model, so that something answers at once")
+    parser.add_argument("--servers", metavar="N", type=_positive, default=1, help="servers, each with its own store (1)")
+    parser.add_argument("--workers-per-server", metavar="M", type=_positive, default=1, help="workers on each (1)")
+    parser.add_argument("--port", type=_port, default=8080, help="port of the HTTP API (%(default)s)")
+    parser.add_argument("--host", default="127.0.0.1", help="address of the HTTP API (%(default)s: this machine only)")
+    parser.add_argument("--dram", metavar="SIZE", type=_size, help="DRAM tier of each server, such as 512MiB or 4GiB")
+    parser.add_argument("--ssd", metavar="SIZE", type=_size, help="SSD tier of each server, such as 50GiB")
+    parser.add_argument("--nats-port", type=_port, help="port of NATS (any free one)")
+    parser.add_argument("--redis-port", type=_port, help="port of Redis (any free one)")
+    parser.add_argument("--verbose", action="store_true", help="show every log line")
+    _data_dir(parser)
+
+
+def _deploy(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", help="what clients will call the model")
+    parser.add_argument("-f", "--file", metavar="YAML", help="read the deployment from a file (- : standard input)")
+    parser.add_argument("--source", metavar="DIR|hf:ORG/NAME", help="a Hugging Face directory or hub repository")
+    parser.add_argument("--revision", help="revision of a hub repository")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="convert the parameters")
+    parser.add_argument("--min-replicas", metavar="N", type=int, help="replicas kept even when nobody asks (0)")
+    parser.add_argument("--max-replicas", metavar="N", type=_positive, help="replicas at most (1)")
+    parser.add_argument("--target-concurrency", metavar="N", type=_positive, help="requests that one replica runs at once")
+    parser.add_argument("--keep-alive", metavar="SECONDS", type=_seconds, help="how long an idle replica stays (60)")
+    parser.add_argument("--max-context", metavar="TOKENS", type=_positive, help="longest prompt + answer in tokens")
+    parser.add_argument("--queue-limit", metavar="N", type=_positive, help="requests outstanding at most (1024)")
+    parser.add_argument("--lazy", action="store_true", default=None, help="import the model on its first request")
+    parser.add_argument("--json", action="store_true", help="print the deployment as JSON")
+    _client(parser)
+
+
+def _ps(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the cluster view as JSON")
+    parser.add_argument("--watch", action="store_true", help="keep showing it until Ctrl-C")
+    _client(parser)
+
+
+def _delete(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", help="the deployment's name")
+    parser.add_argument("--json", action="store_true", help="print the answer as JSON")
+    _client(parser)
+
+
+def _chat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", help="the deployment's name")
+    parser.add_argument("--system", metavar="TEXT", help="a system message to begin with")
+    parser.add_argument("--max-tokens", metavar="N", type=_positive, help="longest answer in tokens")
+    parser.add_argument("--temperature", type=float, help="0: always the likeliest token")
+    parser.add_argument("--seed", type=int, help="makes sampling repeatable")
+    _client(parser)
+
+
+def _tap(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("subjects", nargs="*", default=[">"], help="subjects to show, * and > as in NATS (all)")
+    parser.add_argument("--payloads", action="store_true", help="show prompts, texts and tokens, which belong to users")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
+    _data_dir(parser)
+
+
+def _test(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "rest",
+        nargs=argparse.REMAINDER,
+        metavar="[lint|unit|contracts|integration|e2e] …",
+        help="one part only (all of them); what follows goes to pytest",
+    )
+
+
+def _settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("service", nargs="?", choices=tuple(SERVICES), help="only the variables of this service")
+    parser.add_argument("--json", action="store_true", help="print them as JSON")
+
+
+def _nothing(parser: argparse.ArgumentParser) -> None:
+    return None
+
+
+VERBS: Final[tuple[tuple[str, str, str, str, Callable[[argparse.ArgumentParser], None]], ...]] = (
+    ("up", "run a whole cluster on this machine", "services.cli.up", "up", _up),
+    ("deploy", "make a model answer under a name", "services.cli.deploy", "deploy", _deploy),
+    ("ps", "show servers, workers, replicas, deployments and what is resident where", "services.cli.ps", "ps", _ps),
+    ("delete", "remove a deployment", "services.cli.deploy", "delete", _delete),
+    ("chat", "talk to a deployment", "services.cli.chat", "chat", _chat),
+    ("tap", "show the traffic on the bus, decoded", "services.cli.tap", "tap", _tap),
+    ("test", "run the linters and the tests", "services.cli.checks", "test", _test),
+    ("settings", "list every environment variable with unit and default", "services.cli.settings", "settings", _settings),
+    *((name, f"run this service alone: {text}", "services.cli.alone", "alone", _nothing) for name, text in SERVICES.items()),
+)
+
+
+def build() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="hearth",
+        description="Serverless inference for large language models.",
+        epilog="First steps:  hearth up --demo   and, in another terminal,   hearth chat demo",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"hearth {VERSION}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True, title="verbs")
+    for name, text, module, function, options in VERBS:
+        verb = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+        verb.set_defaults(verb=name, module=module, function=function)
+        options(verb)
+    return parser
+
+
+def parse(arguments: list[str]) -> Verb:
+    """The verb that was typed. Exits with 2 and a usage line for a wrong one, with 0 after `--help`."""
+    # argparse's REMAINDER takes options only after a positional: `hearth test -k foo` is pytest's in any case.
+    if arguments[:1] == ["test"] and arguments[1:2] not in (["-h"], ["--help"]):
+        options = argparse.Namespace(verb="test", rest=arguments[1:])
+        return Verb("services.cli.checks", "test", options)
+    parsed: Any = build().parse_args(arguments)
+    return Verb(parsed.module, parsed.function, parsed)

@@ -1,0 +1,39 @@
+"""`hearth settings`: every environment variable, from the one place that defines them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from shared.settings import CLI_VARIABLES, SERVICES, CommonSettings, fields
+
+
+def table() -> dict[str, list[tuple[str, str, str]]]:
+    """Group → (variable, default, description); the groups are `all services`, each service, and the command line."""
+    common = {name for name, _, _ in fields(CommonSettings)}
+    groups = {"every service": [(name, str(default), text) for name, default, text in fields(CommonSettings)]}
+    for service, kind in SERVICES.items():
+        groups[service] = [(name, str(default), text) for name, default, text in fields(kind) if name not in common]
+    groups["command line"] = [(name, "", text) for name, text in CLI_VARIABLES.items()]
+    return groups
+
+
+def settings(options: argparse.Namespace) -> int:
+    """Print the table."""
+    groups = table()
+    if options.service:
+        groups = {name: groups[name] for name in ("every service", options.service)}
+    if options.json:
+        rows = [
+            {"group": group, "variable": name, "default": default, "description": text}
+            for group, found in groups.items()
+            for name, default, text in found
+        ]
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        return 0
+    width = max(len(name) for found in groups.values() for name, _, _ in found)
+    for group, found in groups.items():
+        print(f"\n{group}")
+        for name, default, text in found:
+            print(f"  {name:{width}}  {text}" + (f"  [{default}]" if default else ""))
+    return 0
