@@ -5,8 +5,8 @@ synchronous and ordered: an outbox with one writer. Handlers are synchronous too
 a core and return; the reply to a call is a handle that may be used later.
 
 The work queue of requests is one JetStream stream with one subject and one durable pull consumer per deployment.
-Pulling keeps exactly as many pull requests open as a replica has free slots (`Puller`), so a queued request travels to a
-free slot without anybody polling.
+Pulling keeps exactly as many pull requests open as a replica has free slots (`Puller`), so a queued request travels to
+a free slot without anybody polling.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar, Union, cast
 
 import msgspec
-import nats
 import nats.errors
 import nats.js.errors
+from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NatsSubscription
 from nats.js import api
@@ -38,8 +38,9 @@ Q = TypeVar("Q")
 R = TypeVar("R")
 
 OUTBOX_LIMIT: Final = 100_000
-PULL_EXPIRES_S: Final = 30.0
-PULL_GRACE_S: Final = 5.0
+# A server drops pull requests silently when the consumer does not exist (yet): ask anew rather often.
+PULL_EXPIRES_S: Final = 4.0
+PULL_GRACE_S: Final = 1.0
 SUBJECT_FULL: Final = 10077  # JetStream: maximum messages (per subject) exceeded
 QUEUE_MAX_AGE_S: Final = 24 * 3600.0
 # One dead consumer must not hold a large share of a queue back; NATS's default (1000) would cap running requests.
@@ -76,7 +77,7 @@ class Subscription:
 
 @dataclass(frozen=True)
 class Delivery:
-    """A request handed out by the queue. `delivery` counts from 1; `token` acknowledges it; `age_s` since publication."""
+    """A request handed out by the queue. `delivery` counts from 1; `token` acknowledges it; `age_s` is its age."""
 
     request: Request
     sequence: int
@@ -158,13 +159,13 @@ class Puller:
         self._bus.forget_puller(self)
         if self._subscription is not None:
             with contextlib.suppress(nats.errors.Error):
-                await self._subscription.drain()
+                await cast(Any, self._subscription).drain()
 
 
 class Bus:
     """A connection to NATS. Use `Bus.connect`."""
 
-    def __init__(self, client: nats.aio.client.Client, prefix: str) -> None:
+    def __init__(self, client: Client, prefix: str) -> None:
         self.client = client
         self.prefix = prefix
         self.stream = f"{prefix}-{REQUESTS.stream}" if prefix else REQUESTS.stream
@@ -184,7 +185,7 @@ class Bus:
 
         Raises `HearthError` (unavailable) if there is no server within `wait_s`.
         """
-        client = nats.aio.client.Client()
+        client = Client()
         holder: list[Bus] = []
         logger = log.get("bus")
 
@@ -207,7 +208,7 @@ class Bus:
                     error_cb=on_error,
                     disconnected_cb=on_disconnect,
                     reconnected_cb=on_reconnect,
-                    reconnect_time_wait=0.2,
+                    reconnect_time_wait=0.2,  # type: ignore[arg-type] # seconds; fractions work
                     max_reconnect_attempts=-1,
                     connect_timeout=2,
                     ping_interval=5,
@@ -268,7 +269,7 @@ class Bus:
                 raise
             raise HearthError(Code.UNAVAILABLE, f"{subject} did not answer in time.") from error
         try:
-            answer = codec.decode(msg.data, Union[(*endpoint.replies, Failure)])  # noqa: UP007 - built at run time
+            answer: Any = codec.decode(msg.data, Union[(*endpoint.replies, Failure)])
         except codec.CodecError as error:
             raise HearthError(Code.INTERNAL, f"{subject} gave an answer that cannot be read: {error}") from error
         if isinstance(answer, Failure):
@@ -280,11 +281,11 @@ class Bus:
 
         async def arrived(msg: Msg) -> None:
             try:
-                message = codec.decode(msg.data, topic.message)
+                message: M = codec.decode(msg.data, topic.message)
             except codec.CodecError as error:
                 self._log.warning("message.refused", subject=msg.subject, error=str(error))
                 return
-            self.guard(handler, cast(M, message))
+            self.guard(handler, message)
 
         return Subscription(await self.client.subscribe(self._subject(topic.subject(**ids)), cb=arrived))
 
@@ -296,12 +297,12 @@ class Bus:
         async def arrived(msg: Msg) -> None:
             reply: Reply[R] = Reply(self, msg.reply)
             try:
-                message = codec.decode(msg.data, endpoint.request)
+                message: Q = codec.decode(msg.data, endpoint.request)
             except codec.CodecError as error:
                 self._log.warning("message.refused", subject=msg.subject, error=str(error))
                 reply(Failure(code=Code.INVALID_REQUEST, message=f"The message is malformed: {error}"))
                 return
-            if not self.guard(handler, cast(Q, message), reply):
+            if not self.guard(handler, message, reply):
                 reply(Failure(code=Code.INTERNAL, message="The call could not be handled; the log says why."))
 
         return Subscription(

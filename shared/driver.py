@@ -18,13 +18,12 @@ from shared.errors import Code, HearthError
 E = TypeVar("E")
 A = TypeVar("A")
 E_contra = TypeVar("E_contra", contravariant=True)
-A_co = TypeVar("A_co", covariant=True)
 
 
-class Core(Protocol[E_contra, A_co]):
+class Core(Protocol[E_contra, A]):
     """A state machine that has never heard of asyncio, clocks, NATS, Redis or torch."""
 
-    def handle(self, event: E_contra | None, now: float) -> list[A_co]:
+    def handle(self, event: E_contra | None, now: float) -> list[A]:
         """Take an event (None: time has passed) at monotonic second `now`; say what is wanted."""
         ...
 
@@ -67,7 +66,10 @@ class Driver(Generic[E, A]):
         self._wake = asyncio.Event()
 
     def post(self, event: E) -> None:
-        """Put an event into the inbox; on the loop's thread only. Raises `HearthError` (unavailable) when it is full."""
+        """Put an event into the inbox; on the loop's thread only.
+
+        Raises `HearthError` (unavailable) when it is full.
+        """
         if len(self._inbox) >= self._inbox_limit:
             raise HearthError(Code.UNAVAILABLE, "The inbox is full; the service is overloaded.")
         self._inbox.append(event)

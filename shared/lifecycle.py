@@ -152,7 +152,9 @@ def make_id(kind: str) -> str:
     return f"{kind}-{secrets.token_hex(3)}"
 
 
-async def run_service(service: str, id: str, settings: S, serve: Serve[S], stopping: asyncio.Event | None = None) -> None:
+async def run_service(
+    service: str, id: str, settings: S, serve: Serve[S], stopping: asyncio.Event | None = None
+) -> None:
     """One whole life of a service on the running loop. `stopping`, when given, begins the drain (tests).
 
     Raises `HearthError` (unavailable) if NATS or Redis cannot be reached at the start.
@@ -164,9 +166,7 @@ async def run_service(service: str, id: str, settings: S, serve: Serve[S], stopp
         await registry.ping()
         try:
             async with asyncio.TaskGroup() as tasks:
-                context = Context(
-                    service=service, id=id, settings=settings, bus=bus, registry=registry, tasks=tasks
-                )
+                context = Context(service=service, id=id, settings=settings, bus=bus, registry=registry, tasks=tasks)
                 if stopping is not None:
                     context.stopping = stopping
                 await serve(context)
@@ -198,8 +198,8 @@ def run(service: str, settings_type: type[S], serve: Serve[S]) -> int:
         logger.error("service.failed", code="os", message=str(error))
         return 1
     except BaseExceptionGroup as group:
-        for error in _leaves(group):
-            logger.error("service.crashed", error=f"{type(error).__name__}: {error}", exc_info=error)
+        for leaf in _leaves(group):
+            logger.error("service.crashed", error=f"{type(leaf).__name__}: {leaf}", exc_info=leaf)
         return 1
     finally:
         if stop_metrics is not None:

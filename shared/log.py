@@ -1,4 +1,6 @@
-"""Logs: structlog, JSON when not on a terminal. The event is a constant `noun.past_participle`, facts are keys with units.
+"""Logs: structlog, JSON when not on a terminal.
+
+The event is a constant `noun.past_participle`, facts are keys with units.
 
 Prompts, completions and token ids are never logged.
 """

@@ -95,14 +95,16 @@ class Registry:
         """One record, or None."""
         with _redis_errors():
             data = await self._redis.get(self._key(kind, id))
-        return None if data is None else codec.decode(data, kind)
+        return None if data is None else codec.decode(cast(bytes, data), kind)
 
     async def all(self, kind: type[T]) -> list[T]:
         """Every record of a kind, ordered by id."""
         with _redis_errors():
-            keys = sorted([key async for key in self._redis.scan_iter(match=f"{self._root}:{KINDS[kind]}:*", count=1000)])
+            keys = sorted(
+                [key async for key in self._redis.scan_iter(match=f"{self._root}:{KINDS[kind]}:*", count=1000)]
+            )
             values = await self._redis.mget(keys) if keys else []
-        return [codec.decode(data, kind) for data in values if data is not None]
+        return [codec.decode(cast(bytes, data), kind) for data in values if data is not None]
 
     async def delete(self, kind: type, id: str) -> None:
         """Remove a record; fine if it is gone."""

@@ -38,13 +38,17 @@ class CommonSettings(msgspec.Struct, frozen=True, kw_only=True):
     redis_url: Annotated[str, _doc("Redis server of the registry")] = "redis://127.0.0.1:6379/0"
     prefix: Annotated[Id, _doc("put before every subject and key; separates clusters that share servers")] = ""
     log_level: Annotated[Literal["debug", "info", "warning", "error"], _doc("debug, info, warning or error")] = "info"
-    log_format: Annotated[Literal["auto", "json", "console"], _doc("auto (console on a terminal, else json), json or console")] = "auto"
+    log_format: Annotated[
+        Literal["auto", "json", "console"], _doc("auto (console on a terminal, else json), json or console")
+    ] = "auto"
     metrics_port: Annotated[Port, _doc("port of /metrics on services without HTTP of their own; 0: none")] = 0
     metrics_host: Annotated[str, _doc("address of /metrics on services without HTTP of their own")] = "127.0.0.1"
     heartbeat_s: Annotated[Seconds, _doc("seconds between refreshes of a record")] = 1.0
     record_ttl_s: Annotated[Seconds, _doc("seconds after which a record without heartbeat is gone")] = 5.0
     drain_s: Annotated[Seconds, _doc("seconds that running requests get to finish at shutdown")] = 30.0
-    ack_wait_s: Annotated[Seconds, _doc("seconds after which the queue gives a silent worker's request to another")] = 10.0
+    ack_wait_s: Annotated[Seconds, _doc("seconds after which the queue gives a silent worker's request to another")] = (
+        10.0
+    )
     max_deliveries: Annotated[Count, _doc("tries of one request before it fails with worker_lost")] = 5
 
     @property
@@ -65,7 +69,9 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True):
     max_body_bytes: Annotated[Bytes, _doc("largest request body in bytes")] = 4 * 2**20
     max_open_requests: Annotated[Count, _doc("requests open at once in this gateway")] = 10_000
     max_choices: Annotated[Count, _doc("largest n × prompts of one call")] = 16
-    stream_buffer_bytes: Annotated[Bytes, _doc("bytes kept for a client that reads slowly, then it is dropped")] = 4 * 2**20
+    stream_buffer_bytes: Annotated[Bytes, _doc("bytes kept for a client that reads slowly, then it is dropped")] = (
+        4 * 2**20
+    )
 
     @property
     def own_id(self) -> str:
@@ -79,8 +85,12 @@ class SchedulerSettings(CommonSettings, frozen=True, kw_only=True):
     scheduler_id: Annotated[Id, _doc("id of this scheduler; empty: made up at start")] = ""
     queue_limit: Annotated[Count, _doc("requests outstanding per deployment over all gateways")] = 4096
     look_interval_s: Annotated[Seconds, _doc("seconds between looks at the registry and the queues")] = 1.0
-    command_timeout_s: Annotated[Seconds, _doc("seconds after which a command without visible effect is forgotten")] = 10.0
-    kv_bytes_max: Annotated[Bytes, _doc("largest KV cache of one replica in bytes (one full context always fits)")] = 256 * 2**20
+    command_timeout_s: Annotated[Seconds, _doc("seconds after which a command without visible effect is forgotten")] = (
+        10.0
+    )
+    kv_bytes_max: Annotated[Bytes, _doc("largest KV cache of one replica in bytes (one full context always fits)")] = (
+        256 * 2**20
+    )
 
     @property
     def own_id(self) -> str:
@@ -99,7 +109,9 @@ class WorkerSettings(CommonSettings, frozen=True, kw_only=True):
     torch_threads: Annotated[int, msgspec.Meta(ge=0), _doc("threads of one torch operation; 0: torch's default")] = 0
     lease_ttl_s: Annotated[Seconds, _doc("seconds that a lease outlives its last renewal")] = 15.0
     engine: Annotated[str, _doc("auto, batching, sequential, or null (costs nothing, for benchmarks)")] = "auto"
-    kv_bytes_max: Annotated[Bytes, _doc("largest KV cache of one replica in bytes (one full context always fits)")] = 256 * 2**20
+    kv_bytes_max: Annotated[Bytes, _doc("largest KV cache of one replica in bytes (one full context always fits)")] = (
+        256 * 2**20
+    )
 
     @property
     def own_id(self) -> str:
@@ -166,10 +178,15 @@ def known_variables() -> set[str]:
 
 
 def load(kind: type[S], environ: Mapping[str, str] | None = None) -> S:
-    """The settings of a service from the environment. Raises `SettingsError` naming every unknown or malformed variable."""
+    """The settings of a service from the environment.
+
+    Raises `SettingsError` naming every unknown or malformed variable.
+    """
     environ = os.environ if environ is None else environ
     faults = [
-        f"{name} is not a setting of Hearth" for name in sorted(environ) if name.startswith(PREFIX) and name not in known_variables()
+        f"{name} is not a setting of Hearth"
+        for name in sorted(environ)
+        if name.startswith(PREFIX) and name not in known_variables()
     ]
     values: dict[str, Any] = {}
     for field in msgspec.structs.fields(kind):
@@ -189,7 +206,10 @@ _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "512MiB", "2G", "1.5 TB" or "4096" (binary with an i or without B, decimal as in "MB"). Raises `SettingsError`."""
+    """Bytes of "512MiB", "2G", "1.5 TB" or "4096": binary with an i or without B, decimal as in "MB".
+
+    Raises `SettingsError`.
+    """
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise SettingsError(f"{text!r} is no size; write for instance 512MiB or 2GiB")

@@ -6,7 +6,7 @@ import msgspec
 
 
 class ClusterEvent(msgspec.Struct, frozen=True, kw_only=True, tag="event", omit_defaults=True):
-    """One thing that happened. `event` is the constant `noun.past_participle` of the log; `facts` its keys with units."""
+    """One thing that happened. `event` is the log's constant `noun.past_participle`; `facts` its keys with units."""
 
     event: str
     service: str

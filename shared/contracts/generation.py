@@ -80,7 +80,10 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True, tag="frame", omit_default
 
 
 class End(msgspec.Struct, frozen=True, kw_only=True, tag="end", omit_defaults=True):
-    """The end of a request: either `reason` or `failure`. `index` counts all its output tokens; `text` is what was held back."""
+    """The end of a request: either `reason` or `failure`.
+
+    `index` counts all its output tokens; `text` is what was held back until now.
+    """
 
     request_id: str
     epoch: int

@@ -38,7 +38,7 @@ class Delete(msgspec.Struct, frozen=True, kw_only=True, tag="delete"):
 
 
 class LoadReplica(msgspec.Struct, frozen=True, kw_only=True, tag="load_replica", omit_defaults=True):
-    """Scheduler → worker: attach this model and answer its queue. Answered at once; the replica's record tells the rest.
+    """Scheduler → worker: attach this model and answer its queue. Answered at once; the record tells the rest.
 
     Idempotent by `replica_id`. `kv_bytes` is the size of its KV cache; `slots` the requests it runs at once;
     `engine` is "" (choose) or what the probe found ("batching", "sequential"). `decision_s` is the time from seeing the

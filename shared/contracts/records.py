@@ -99,7 +99,10 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True, tag="server_record
 
 
 class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True, tag="worker_record", omit_defaults=True):
-    """A worker and its device. Memory is what replicas can use: on CUDA parameters + KV cache, on the CPU the KV cache."""
+    """A worker and its device.
+
+    Memory is what replicas can use: on CUDA parameters + KV cache, on the CPU the KV cache.
+    """
 
     worker_id: str
     server_id: str

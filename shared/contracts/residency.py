@@ -15,8 +15,8 @@ from shared.errors import Failure
 class Source(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Where a checkpoint comes from and what it shall become.
 
-    `url` is an absolute directory or `hf:ORG/NAME`; `dtype` casts floating-point tensors ("float32", "bfloat16", "float16")
-    or is None to keep what is there.
+    `url` is an absolute directory or `hf:ORG/NAME`; `dtype` casts floating-point tensors ("float32", "bfloat16",
+    "float16") or is None to keep what is there.
     """
 
     url: str
@@ -167,6 +167,6 @@ class LoadProgress(msgspec.Struct, frozen=True, kw_only=True, tag="load_progress
 
 
 __all__ = [
-    "Acquire", "Checkpoint", "Done", "Evict", "Extent", "Failure", "Import", "Imported", "Inspect", "Inspected", "Lease",
-    "LoadProgress", "Progress", "Release", "Renew", "Renewed", "Source",
+    "Acquire", "Checkpoint", "Done", "Evict", "Extent", "Failure", "Import", "Imported", "Inspect", "Inspected",
+    "Lease", "LoadProgress", "Progress", "Release", "Renew", "Renewed", "Source",
 ]  # fmt: skip
