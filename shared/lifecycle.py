@@ -7,6 +7,7 @@ drain; a second one ends the process at once. A crash is an exit code ≠ 0, and
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import signal
@@ -39,6 +40,8 @@ class Heartbeat:
         self._make = make_record
         self._touched = asyncio.Event()
         self._missed = False
+        self._ended = False
+        self._over = asyncio.Event()
 
     def touch(self) -> None:
         """The record changed: write it now and tell those who keep a picture."""
@@ -51,8 +54,8 @@ class Heartbeat:
         self._context.changed(type(record), record_id(record))
 
     async def run(self) -> None:
-        """Beat until cancelled."""
-        while True:
+        """Beat until cancelled or ended."""
+        while not self._ended:
             try:
                 await self.push()
                 self._missed = False
@@ -66,6 +69,19 @@ class Heartbeat:
             except TimeoutError:
                 continue
             self._touched.clear()
+        self._over.set()
+
+    async def end(self) -> None:
+        """Stop beating, then delete the record: for what goes before its service does (a replica).
+
+        Without Redis the record expires by itself.
+        """
+        self._ended = True
+        self._touched.set()
+        await self._over.wait()  # a write under way must not come after the deletion
+        self._context.forget(self)
+        with contextlib.suppress(HearthError):
+            await self.remove()
 
     async def remove(self) -> None:
         """Delete the record."""
@@ -104,6 +120,10 @@ class Context(Generic[S]):
         self._beats.append(beat)
         self.tasks.create_task(beat.run(), name="heartbeat")
         return beat
+
+    def forget(self, beat: Heartbeat) -> None:
+        """Called by `Heartbeat.end`."""
+        self._beats.remove(beat)
 
     def changed(self, kind: type, id: str, deleted: bool = False) -> None:
         """Tell those who keep a picture that a record changed."""

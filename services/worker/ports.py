@@ -200,8 +200,21 @@ class Loaded(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    """A worker's device. `device` is "cpu" or "cuda:N"; `memory_bytes` what is free on it at start (CPU: all DRAM)."""
+
+    device: str
+    device_name: str
+    memory_bytes: int
+
+
 class Loader(Protocol):
     """Attaches leased checkpoints to this worker's device. Blocking: call it on a thread of your own."""
+
+    @property
+    def device(self) -> DeviceFacts:
+        """The device that it attaches to; known after `warm_up`."""
 
     def warm_up(self) -> None:
         """Pay once, before any model is asked for, what the first load would otherwise pay (imports, first kernels)."""

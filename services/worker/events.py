@@ -1,0 +1,438 @@
+"""The worker's core: what happens to it (events) and what it wants done (actions). None of this crosses the bus.
+
+Actions say *what*; the handles in them (an engine, a tokenizer, a puller) are the shell's own, carried through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from services.worker.ports import Engine, EngineEvent, Loaded, Tokenizer
+from shared.contracts.generation import FrameBatch
+from shared.contracts.placement import LoadReplica, ReplicaFailed, StopReplica
+from shared.contracts.requests import Cancel, Claim, Claimed, Gone, Request, Sampling
+from shared.contracts.residency import Done, Lease, LoadProgress, Progress, Release, Renewed
+from shared.errors import Failure
+
+Reply = Callable[[Done | Failure], None]
+
+
+class Puller(Protocol):
+    """Pulls from the queue of one deployment; see `shared.bus.Puller`."""
+
+    def want(self, n: int, /) -> None:
+        """`n` more requests may come."""
+
+    async def close(self) -> None:
+        """No more come after this."""
+
+
+# -- events
+
+
+@dataclass(frozen=True, slots=True)
+class LoadAsked:
+    """The scheduler wants a replica."""
+
+    message: LoadReplica
+    reply: Reply
+
+
+@dataclass(frozen=True, slots=True)
+class StopAsked:
+    """The scheduler wants a replica to leave."""
+
+    message: StopReplica
+    reply: Reply
+
+
+@dataclass(frozen=True, slots=True)
+class DrainAsked:
+    """The process shall end: finish or give back, then `Drained`."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseAnswered:
+    """The store's answer to one long poll."""
+
+    replica_id: str
+    answer: Progress | Lease | Failure
+
+
+@dataclass(frozen=True, slots=True)
+class LeasesRenewed:
+    """The store's answer to a renewal."""
+
+    answer: Renewed | Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """The checkpoint is usable: engine and tokenizer are ready."""
+
+    replica_id: str
+    loaded: Loaded
+
+
+@dataclass(frozen=True, slots=True)
+class AttachFailed:
+    """The checkpoint could not be attached."""
+
+    replica_id: str
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Detached:
+    """Engine, KV cache and every view on the lease's bytes are gone."""
+
+    replica_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class PullerOpened:
+    """The queue can be pulled from."""
+
+    replica_id: str
+    puller: Puller
+
+
+@dataclass(frozen=True, slots=True)
+class PullerFailed:
+    """The queue cannot be pulled from."""
+
+    replica_id: str
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class PullerClosed:
+    """No delivery comes any more."""
+
+    replica_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class RecordRemoved:
+    """The replica's record is gone from the registry."""
+
+    replica_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryArrived:
+    """The queue gave a request to a replica. `token` acknowledges it; `delivery` counts from 1."""
+
+    replica_id: str
+    request: Request
+    token: str
+    delivery: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimAnswered:
+    """The gateway's answer to a claim."""
+
+    token: str
+    answer: Claimed | Gone | Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenised:
+    """The prompt's token ids; `echo_text` precedes the completion."""
+
+    token: str
+    token_ids: tuple[int, ...]
+    echo_text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TokeniseFailed:
+    """The prompt cannot be tokenised: the caller's fault."""
+
+    token: str
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStepped:
+    """What one step of a replica's engine brought."""
+
+    replica_id: str
+    events: Sequence[EngineEvent]
+
+
+@dataclass(frozen=True, slots=True)
+class CancelArrived:
+    """A gateway wants a request to be left alone."""
+
+    message: Cancel
+
+
+Event = (
+    LoadAsked
+    | StopAsked
+    | DrainAsked
+    | LeaseAnswered
+    | LeasesRenewed
+    | Attached
+    | AttachFailed
+    | Detached
+    | PullerOpened
+    | PullerFailed
+    | PullerClosed
+    | RecordRemoved
+    | DeliveryArrived
+    | ClaimAnswered
+    | Tokenised
+    | TokeniseFailed
+    | EngineStepped
+    | CancelArrived
+)
+
+
+# -- actions: tell
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyTo:
+    """Answer a call."""
+
+    reply: Reply
+    answer: Done | Failure
+
+
+@dataclass(frozen=True, slots=True)
+class PublishFrames:
+    """Tokens and ends for one gateway."""
+
+    gateway_id: str
+    batch: FrameBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """The queue may forget this request."""
+
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Nak:
+    """The queue shall hand this request out again."""
+
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class InProgress:
+    """These requests are still being worked on."""
+
+    tokens: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SubmitSequence:
+    """Generate after these tokens, the last `first_index` of which are output."""
+
+    engine: Engine
+    sequence_id: str
+    token_ids: tuple[int, ...]
+    first_index: int
+    max_new_tokens: int
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class CancelSequence:
+    """Stop generating."""
+
+    engine: Engine
+    sequence_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """That many more requests may come."""
+
+    puller: Puller
+    requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecordReplica:
+    """The replica's state changed: write its record now."""
+
+    replica_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class RecordWorker:
+    """The worker's memory in use changed: write its record now."""
+
+
+@dataclass(frozen=True, slots=True)
+class PublishProgress:
+    """Tell those who wait how far a load is."""
+
+    slug: str
+    message: LoadProgress
+
+
+@dataclass(frozen=True, slots=True)
+class PublishFailed:
+    """Tell the scheduler that a replica failed."""
+
+    message: ReplicaFailed
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseLease:
+    """The store may evict these bytes."""
+
+    message: Release
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFinished:
+    """A replica is ready: the parts of its cold start, for log and metrics."""
+
+    deployment: str
+    replica_id: str
+    checkpoint_id: str
+    engine: str
+    tier: str
+    decision_s: float
+    import_s: float
+    read_s: float
+    attach_s: float
+    total_s: float
+    weight_bytes: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFinished:
+    """This worker has nothing more to do with a request, for log and metrics.
+
+    `outcome` is "stop", "length", a failure's code, "cancelled", "gone", "given_back" or "superseded".
+    """
+
+    request_id: str
+    deployment: str
+    replica_id: str
+    outcome: str
+    epoch: int
+    delivery: int
+    cold: bool = False
+    tier: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    resumed_tokens: int = 0
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """Nothing runs and nothing is held any more."""
+
+
+# -- actions: do
+
+
+@dataclass(frozen=True, slots=True)
+class AcquireLease:
+    """Ask the store once (a long poll)."""
+
+    message: LoadReplica
+
+
+@dataclass(frozen=True, slots=True)
+class RenewLeases:
+    """Ask the store to keep these leases."""
+
+    lease_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """Make the leased bytes a model that answers, on a thread."""
+
+    message: LoadReplica
+    lease: Lease
+
+
+@dataclass(frozen=True, slots=True)
+class Detach:
+    """Close a model, on a thread."""
+
+    replica_id: str
+    loaded: Loaded
+
+
+@dataclass(frozen=True, slots=True)
+class OpenPuller:
+    """Open the way to the queue of a deployment; nothing comes before `Want`."""
+
+    replica_id: str
+    slug: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClosePuller:
+    """No more deliveries."""
+
+    replica_id: str
+    puller: Puller
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimRequest:
+    """Ask a gateway for the ownership of a request."""
+
+    token: str
+    gateway_id: str
+    message: Claim
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenise:
+    """Prompt → token ids."""
+
+    token: str
+    request: Request
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveRecord:
+    """Delete a replica's record."""
+
+    replica_id: str
+
+
+Tell = (
+    ReplyTo
+    | PublishFrames
+    | Ack
+    | Nak
+    | InProgress
+    | SubmitSequence
+    | CancelSequence
+    | Want
+    | RecordReplica
+    | RecordWorker
+    | PublishProgress
+    | PublishFailed
+    | ReleaseLease
+    | LoadFinished
+    | RequestFinished
+    | Drained
+)
+Do = AcquireLease | RenewLeases | Attach | Detach | OpenPuller | ClosePuller | ClaimRequest | Tokenise | RemoveRecord
+LONG = (AcquireLease, RenewLeases, Attach, Detach, OpenPuller, ClosePuller, ClaimRequest, Tokenise, RemoveRecord)
+Action = Tell | Do

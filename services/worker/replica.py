@@ -1,0 +1,322 @@
+"""One replica's life: loading → ready → draining → gone. Pure.
+
+`advance` looks at what is there and says the next thing to do; it is called after every event that concerns the
+replica, so no order of events can make it forget something. Nothing is undone before everything in flight has come
+back, and the record goes last: as long as it exists, so may memory and lease.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from services.worker.events import (
+    AcquireLease,
+    Action,
+    Attach,
+    ClosePuller,
+    Detach,
+    LoadFinished,
+    OpenPuller,
+    PublishProgress,
+    Puller,
+    RecordReplica,
+    RecordWorker,
+    ReleaseLease,
+    RemoveRecord,
+    Want,
+)
+from services.worker.ports import Loaded
+from shared.backoff import delay_s
+from shared.contracts.generation import Ledger
+from shared.contracts.placement import LoadReplica, StopReplica
+from shared.contracts.records import ReplicaRecord, ReplicaState
+from shared.contracts.residency import Lease, LoadProgress, Progress, Release
+from shared.errors import Code, Failure
+
+ACQUIRE_TRIES: Final = 6  # in a row without any answer from the store: about 6 s, then the load has failed
+
+
+class Replica:
+    """A model on its way into this worker, in it, or on its way out. `reserved_bytes` is what it may take of memory."""
+
+    def __init__(
+        self, message: LoadReplica, *, worker_id: str, server_id: str, reserved_bytes: int, now: float
+    ) -> None:
+        self.message: Final = message
+        self.id: Final = message.replica_id
+        self.reserved_bytes: Final = reserved_bytes
+        self.state = ReplicaState.LOADING
+        self.failure: Failure | None = None
+        self.loaded: Loaded | None = None
+        self.lease: Lease | None = None
+        self.puller: Puller | None = None
+        self.held: dict[str, None] = {}
+        self.wanted = 0
+        self.finished_requests = 0
+        self.generated_tokens = 0
+        self.asked_at: Final = now
+        self.ready_at = now
+        self.idle_since = now
+        self.retry_at: float | None = None
+        self.in_flight: dict[str, None] = {}
+        self.progress = Progress(phase="queued")
+        self._worker_id: Final = worker_id
+        self._server_id: Final = server_id
+        self._attach_from = now
+        self._attach_s = 0.0
+        self._tries = 0
+        self._removed = False
+
+    @property
+    def slots(self) -> int:
+        """How many requests it runs at once."""
+        return min(self.message.slots, self.loaded.engine.slots) if self.loaded else self.message.slots
+
+    @property
+    def memory_bytes(self) -> int:
+        """Device memory that it takes, or may take."""
+        return self.loaded.memory_bytes if self.loaded else self.reserved_bytes
+
+    def begin(self) -> list[Action]:
+        """The load starts. The queue is opened meanwhile, so that readiness costs no round trip."""
+        self._flying("lease")
+        self._flying("open")
+        return [
+            RecordReplica(self.id),
+            RecordWorker(),
+            AcquireLease(self.message),
+            OpenPuller(self.id, self.message.slug),
+        ]
+
+    def lease_answered(self, answer: Progress | Lease | Failure, now: float) -> list[Action]:
+        """The store spoke."""
+        self._landed("lease")
+        match answer:
+            case Lease():
+                self.lease = answer
+                if self.state is ReplicaState.LOADING:
+                    self._attach_from = now
+                    self.progress = Progress(phase="attaching", total_bytes=answer.checkpoint.weight_bytes)
+                    self._flying("attach")
+                    told = LoadProgress(deployment=self.message.slug, server_id=self._server_id, progress=self.progress)
+                    return [
+                        Attach(self.message, answer),
+                        PublishProgress(self.message.slug, told),
+                        RecordReplica(self.id),
+                    ]
+            case Progress():
+                self._tries = 0
+                self.progress = answer
+                if self.state is ReplicaState.LOADING:
+                    self._flying("lease")
+                    return [AcquireLease(self.message)]
+            case Failure():
+                if self.state is ReplicaState.LOADING:
+                    self._tries += 1
+                    if answer.code is not Code.UNAVAILABLE or self._tries >= ACQUIRE_TRIES:
+                        return self.fail(answer, now)
+                    self.retry_at = now + delay_s(self._tries)
+        return self.advance(now)
+
+    def attached(self, loaded: Loaded, now: float) -> list[Action]:
+        """The model answers."""
+        self._landed("attach")
+        self.loaded = loaded
+        self._attach_s = now - self._attach_from
+        return self.advance(now)
+
+    def attach_failed(self, failure: Failure, now: float) -> list[Action]:
+        """The model cannot be attached."""
+        self._landed("attach")
+        return self.fail(failure, now)
+
+    def detached(self, now: float) -> list[Action]:
+        """The model is out of memory."""
+        self._landed("detach")
+        self.loaded = None
+        return self.advance(now)
+
+    def puller_opened(self, puller: Puller, now: float) -> list[Action]:
+        """The queue is open."""
+        self._landed("open")
+        self.puller = puller
+        return self.advance(now)
+
+    def puller_failed(self, failure: Failure, now: float) -> list[Action]:
+        """The queue is not there."""
+        self._landed("open")
+        return self.fail(failure, now)
+
+    def puller_closed(self, now: float) -> list[Action]:
+        """No delivery comes any more."""
+        self._landed("close")
+        self.puller = None
+        return self.advance(now)
+
+    def take(self, token: str) -> bool:
+        """A request came; False if the replica does not take any (more)."""
+        self.wanted = max(0, self.wanted - 1)
+        if self.state is not ReplicaState.READY:
+            return False
+        self.held[token] = None
+        return True
+
+    def give_up(self, token: str, now: float) -> list[Action]:
+        """A request that was taken is over."""
+        del self.held[token]
+        if not self.held:
+            self.idle_since = now
+        return self.advance(now)
+
+    def refusal_of_stop(self, message: StopReplica) -> Failure | None:
+        """Why this stop must not be: only if it runs something, and neither drain nor abort was asked for."""
+        if not self.held or message.drain or message.abort:
+            return None
+        return Failure(code=Code.BUSY, message=f"Replica {self.id} runs {len(self.held)} requests.")
+
+    def leave(self, now: float) -> list[Action]:
+        """Take nothing more; go when the last request is over. Idempotent."""
+        if self.state is ReplicaState.DRAINING:
+            return self.advance(now)
+        self.state = ReplicaState.DRAINING
+        self.retry_at = None
+        return [RecordReplica(self.id), *self.advance(now)]
+
+    def fail(self, failure: Failure, now: float) -> list[Action]:
+        """It cannot go on, and the scheduler will hear why. Requests in it are the core's business."""
+        if self.state is not ReplicaState.DRAINING:
+            self.failure = failure
+        return self.leave(now)
+
+    def advance(self, now: float) -> list[Action]:
+        """The next thing to do, given all that is there."""
+        if self.state is ReplicaState.LOADING:
+            if self.loaded is None or self.puller is None:
+                return self._retry(now)
+            self.state, self.ready_at, self.idle_since = ReplicaState.READY, now, now
+            return [*self._top_up(), RecordReplica(self.id), RecordWorker(), self._finished(now)]
+        if self.state is ReplicaState.READY:
+            return self._top_up()
+        return self._go()
+
+    def record(self, now: float) -> ReplicaRecord:
+        """What the registry shall say about it."""
+        ready = self.state is not ReplicaState.LOADING
+        return ReplicaRecord(
+            replica_id=self.id,
+            worker_id=self._worker_id,
+            server_id=self._server_id,
+            deployment=self.message.deployment,
+            revision=self.message.revision,
+            checkpoint_id=self.message.checkpoint_id,
+            state=self.state,
+            slots=self.slots,
+            running=len(self.held),
+            idle_s=max(0.0, now - self.idle_since) if ready and not self.held else 0.0,
+            memory_bytes=self.memory_bytes,
+            finished_requests=self.finished_requests,
+            generated_tokens=self.generated_tokens,
+            engine=self.loaded.engine.name if self.loaded else "",
+            load=None if ready else self.progress,
+        )
+
+    def ledger(self, *, waited_s: float, now: float) -> Ledger:
+        """The ledger of a request claimed at `now` after `waited_s`; cold if it was there before the replica was."""
+        if waited_s <= now - self.ready_at or self.lease is None:
+            return Ledger(queue_s=waited_s)
+        lease = self.lease
+        return Ledger(
+            cold=True,
+            tier=lease.tier,
+            queue_s=waited_s,
+            decision_s=self.message.decision_s,
+            import_s=lease.import_s,
+            read_s=lease.read_s,
+            attach_s=self._attach_s,
+            remote_bytes=lease.remote_bytes,
+            ssd_bytes=lease.ssd_bytes,
+            dram_bytes=lease.dram_bytes,
+        )
+
+    @property
+    def gone(self) -> bool:
+        """Whether it may be forgotten: nothing in flight, nothing held, the record deleted."""
+        return self.state is ReplicaState.DRAINING and self._removed
+
+    def record_removed(self) -> None:
+        """The registry knows it no more."""
+        self._landed("remove")
+        self._removed = True
+
+    def check(self) -> None:
+        """Assert the invariants of one replica."""
+        assert len(self.held) + self.wanted <= self.slots or self.state is not ReplicaState.READY, "more than the slots"
+        if self.state is ReplicaState.READY:
+            assert self.loaded is not None, "ready without a model"
+            assert self.puller is not None, "ready without a queue"
+            assert len(self.held) + self.wanted == self.slots, "a free slot that asks for nothing"
+        elif self.state is ReplicaState.LOADING:
+            assert not self.held, "a request before the model"
+            assert self.in_flight or self.retry_at is not None, "a load that nobody carries on"
+        else:
+            assert self.held or self.in_flight or self._removed, "a leaving replica that nobody carries on"
+        assert self.lease is not None or self.loaded is None, "a model on bytes without a lease"
+        assert self.loaded is None or "attach" not in self.in_flight, "attached twice"
+
+    def _top_up(self) -> list[Action]:
+        free = self.slots - len(self.held) - self.wanted
+        if free <= 0 or self.puller is None:
+            return []
+        self.wanted += free
+        return [Want(self.puller, free)]
+
+    def _retry(self, now: float) -> list[Action]:
+        if self.retry_at is None or now < self.retry_at:
+            return []
+        self.retry_at = None
+        self._flying("lease")
+        return [AcquireLease(self.message)]
+
+    def _go(self) -> list[Action]:
+        actions: list[Action] = []
+        if self.puller is not None and "close" not in self.in_flight:
+            self._flying("close")
+            self.wanted = 0
+            actions.append(ClosePuller(self.id, self.puller))
+        if self.held or self.in_flight:
+            return actions
+        if self.loaded is not None:
+            self._flying("detach")
+            return [Detach(self.id, self.loaded)]
+        if self.lease is not None:
+            actions.append(ReleaseLease(Release(holder=self._worker_id, lease_id=self.lease.lease_id)))
+            self.lease = None
+        if not self._removed:
+            self._flying("remove")
+            actions.append(RemoveRecord(self.id))
+        return actions
+
+    def _finished(self, now: float) -> LoadFinished:
+        assert self.loaded is not None
+        assert self.lease is not None
+        return LoadFinished(
+            deployment=self.message.deployment,
+            replica_id=self.id,
+            checkpoint_id=self.lease.checkpoint.checkpoint_id,
+            engine=self.loaded.engine.name,
+            tier=self.lease.tier,
+            decision_s=self.message.decision_s,
+            import_s=self.lease.import_s,
+            read_s=self.lease.read_s,
+            attach_s=self._attach_s,
+            total_s=now - self.asked_at,
+            weight_bytes=self.lease.checkpoint.weight_bytes,
+            memory_bytes=self.loaded.memory_bytes,
+        )
+
+    def _flying(self, effect: str) -> None:
+        assert effect not in self.in_flight, f"{effect} twice"
+        self.in_flight[effect] = None
+
+    def _landed(self, effect: str) -> None:
+        del self.in_flight[effect]
