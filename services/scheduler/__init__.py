@@ -1,0 +1,1 @@
+"""The scheduler: which model is attached where, and why."""

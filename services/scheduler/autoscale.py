@@ -1,0 +1,155 @@
+"""How many replicas a deployment shall have, which of them may leave, and how long a failing one is left alone.
+
+Pure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from services.scheduler.cluster import Cluster
+from shared.backoff import delay_s
+from shared.contracts.records import DeploymentSpec, ReplicaRecord, ReplicaState
+from shared.errors import Code, Failure
+
+# "Not now, not here", and nothing about the model: these never make a deployment fail.
+PASSING: Final = frozenset({Code.NO_CAPACITY, Code.BUSY, Code.DRAINING, Code.UNAVAILABLE})
+
+
+def desired_replicas(spec: DeploymentSpec, outstanding: int) -> int:
+    """Replicas that answer `outstanding` requests at the target concurrency, between the spec's bounds."""
+    wanted = -(-outstanding // spec.target_concurrency)
+    return max(spec.min_replicas, min(spec.max_replicas, wanted))
+
+
+@dataclass(frozen=True, slots=True)
+class Victim:
+    """An idle replica that may be asked to leave. `below_min`: its deployment would have fewer than `min_replicas`."""
+
+    replica_id: str
+    deployment: str
+    worker_id: str
+    server_id: str
+    idle_s: float
+    below_min: bool
+
+
+def victims(cluster: Cluster, deployment: str, now: float, *, min_ready_s: float) -> list[Victim]:
+    """Idle replicas of other deployments, those that leave enough behind first, then idle longest first, then by id.
+
+    A replica that runs a request, or became ready less than `min_ready_s` seconds ago, stays: else it would be loaded
+    only to be evicted. So does one whose deployment has requests outstanding that the others could not take.
+    """
+    found: list[Victim] = []
+    for name, record in sorted(cluster.deployments.items()):
+        if name == deployment:
+            continue
+        replicas = cluster.serving(name)
+        busy = desired_replicas_for(record.spec, cluster.outstanding(name))
+        spare = len(replicas) + len(cluster.coming(name)) - busy
+        idle = sorted(
+            (one for one in replicas if evictable(cluster, one, now, min_ready_s=min_ready_s)),
+            key=lambda one: (-cluster.idle_s(one, now), one.replica_id),
+        )
+        left = len(replicas)
+        for replica in idle[: max(0, spare)]:
+            left -= 1
+            found.append(
+                Victim(
+                    replica.replica_id,
+                    name,
+                    replica.worker_id,
+                    replica.server_id,
+                    cluster.idle_s(replica, now),
+                    left < record.spec.min_replicas,
+                )
+            )
+    return sorted(found, key=lambda one: (one.below_min, -one.idle_s, one.replica_id))
+
+
+def desired_replicas_for(spec: DeploymentSpec, outstanding: int) -> int:
+    """Replicas that the outstanding requests alone need, whatever the minimum says."""
+    return min(spec.max_replicas, -(-outstanding // spec.target_concurrency))
+
+
+def evictable(cluster: Cluster, replica: ReplicaRecord, now: float, *, min_ready_s: float) -> bool:
+    """Whether a replica is idle and has been ready long enough to be evicted."""
+    return (
+        replica.state is ReplicaState.READY
+        and replica.running == 0
+        and now - cluster.ready_at.get(replica.replica_id, now) >= min_ready_s
+    )
+
+
+def superfluous(cluster: Cluster, name: str, now: float) -> list[ReplicaRecord]:
+    """Replicas of a deployment that nobody needs and that have been idle for its keep-alive, idle longest first."""
+    spec = cluster.deployments[name].spec
+    replicas = cluster.serving(name)
+    extra = len(replicas) - desired_replicas(spec, cluster.outstanding(name))
+    idle = [one for one in replicas if one.state is ReplicaState.READY and one.running == 0]
+    idle.sort(key=lambda one: (-cluster.idle_s(one, now), one.replica_id))
+    return [one for one in idle[: max(0, extra)] if cluster.idle_s(one, now) >= spec.keep_alive_s]
+
+
+def next_superfluous_at(cluster: Cluster, name: str, now: float) -> float | None:
+    """The monotonic second at which the next replica will have been idle for the keep-alive, if it may leave then."""
+    spec = cluster.deployments[name].spec
+    replicas = cluster.serving(name)
+    if len(replicas) <= desired_replicas(spec, cluster.outstanding(name)):
+        return None
+    idle = [cluster.idle_s(one, now) for one in replicas if one.state is ReplicaState.READY and one.running == 0]
+    return now + max(0.0, spec.keep_alive_s - max(idle)) if idle else None
+
+
+@dataclass
+class Trouble:
+    """A deployment whose loads fail.
+
+    Another server is tried at once; when all have failed, the deployment is left alone until `until` (monotonic
+    second), each time for twice as long. `failures` counts in a row, `rounds` the waits. With `hopeless` its requests
+    get `failure` instead of waiting.
+    """
+
+    failure: Failure
+    until: float = 0.0
+    failed_at: float = 0.0
+    failures: int = 0
+    rounds: int = 0
+    avoid: dict[str, Failure] = field(default_factory=dict)
+    hopeless: bool = False
+
+    def failed(
+        self,
+        server_id: str,
+        failure: Failure,
+        now: float,
+        *,
+        servers: list[str],
+        most_failures: int,
+        first_s: float,
+        most_s: float,
+    ) -> None:
+        """A load on `server_id` failed; `servers` are those that could be tried."""
+        self.failure, self.failed_at = failure, now
+        self.avoid[server_id] = failure
+        passing = failure.code in PASSING
+        self.failures += not passing
+        untried = [one for one in servers if one not in self.avoid]
+        never = all(final(one) for one in self.avoid.values())
+        self.hopeless = not passing and (self.failures >= most_failures or (not untried and never))
+        if untried and not self.hopeless:
+            self.until = now
+            return
+        self.rounds += not passing
+        self.until = now + delay_s(max(1, self.rounds), first_s=first_s, most_s=most_s)
+
+    def rest(self) -> None:
+        """The wait is over: every server may be tried again."""
+        self.avoid.clear()
+        self.hopeless = False
+
+
+def final(failure: Failure) -> bool:
+    """Whether the same load on the same server would fail again."""
+    return not failure.kind.retryable or failure.code is Code.CHECKPOINT_CORRUPT

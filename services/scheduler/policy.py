@@ -1,0 +1,271 @@
+"""Where a replica shall go: candidates → filters → scores → decision with reasons. Pure.
+
+Every worker is a candidate and gets a reason, chosen or not: a decision that cannot be explained is a bug that cannot
+be found. Scores: the fastest tier in which the server has the checkpoint, then fewer loads under way on the server, fewer
+replicas on the worker, more free memory, ids.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from services.scheduler.autoscale import Victim
+from services.scheduler.cluster import Cluster, Need, Occupancy
+from shared.contracts.records import Phase, ServerRecord, WorkerRecord
+from shared.errors import Code, Failure
+
+TIERS: Final = ("dram", "ssd", "remote")  # fastest first; "remote" is where the source is
+
+
+class Outcome(enum.StrEnum):
+    """What was decided."""
+
+    PLACE = "place"
+    EVICT = "evict"
+    WAIT = "wait"
+    IMPOSSIBLE = "impossible"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A worker as the decision saw it.
+
+    `refused` is why it cannot take the replica as things stand, "" if it can; `never` says that it could not even if it
+    were empty; `victims` are those whose leaving would make room.
+    """
+
+    worker_id: str
+    server_id: str
+    tier: str
+    loads: int
+    replicas: int
+    free_bytes: int
+    refused: str = ""
+    never: bool = False
+    victims: tuple[Victim, ...] = ()
+
+    def score(self) -> tuple[int, int, int, int, str]:
+        """Less is better."""
+        return (TIERS.index(self.tier), self.loads, self.replicas, -self.free_bytes, self.worker_id)
+
+    def eviction_score(self) -> tuple[int, int, float, str]:
+        """Less is better: the best tier, the fewest victims, the longest idle."""
+        return (
+            TIERS.index(self.tier), len(self.victims), -min(one.idle_s for one in self.victims), self.worker_id,
+        )  # fmt: skip
+
+    def text(self) -> str:
+        """One line for people."""
+        if self.victims:
+            return f"{self.worker_id}: {self.refused}; {', '.join(one.replica_id for one in self.victims)} could leave"
+        if self.refused:
+            return f"{self.worker_id}: {self.refused}"
+        return (
+            f"{self.worker_id}: {self.tier}, {count(self.loads, 'load')}, {count(self.replicas, 'replica')}, "
+            f"{size(self.free_bytes)} free"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to do for one more replica of `deployment`, and why. `victims` leave first when the outcome is `evict`."""
+
+    deployment: str
+    outcome: Outcome
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate | None = None
+    victims: tuple[Victim, ...] = ()
+
+    def reasons(self) -> str:
+        """Every candidate with its reason, the chosen one first."""
+        rest = [one for one in self.candidates if one is not self.chosen]
+        return "; ".join(one.text() for one in ([self.chosen] if self.chosen else []) + rest) or "no worker is ready"
+
+
+def decide(
+    need: Need,
+    cluster: Cluster,
+    idle: Sequence[Victim],
+    now: float,
+    *,
+    avoid: Mapping[str, Failure],
+) -> Decision:
+    """Where one more replica goes. `idle` are those that may be evicted, in the order in which they should be.
+
+    `avoid` maps servers that have just failed to load this model to how they did.
+    """
+    sums = cluster.occupancy(but_for=need.deployment)
+    present = frozenset(one.worker_id for one in cluster.serving(need.deployment)) | frozenset(
+        one.worker_id for one in cluster.coming(need.deployment)
+    )
+    candidates = [
+        _candidate(need, cluster, sums, worker, present, now, avoid) for _, worker in sorted(cluster.workers.items())
+    ]
+    fit = [one for one in candidates if not one.refused]
+    if fit:
+        chosen = min(fit, key=Candidate.score)
+        return Decision(need.deployment, Outcome.PLACE, tuple(candidates), chosen)
+    # Nobody goes below the minimum as long as others could leave instead.
+    for allowed in (tuple(one for one in idle if not one.below_min), tuple(idle)):
+        tried = tuple(
+            replace(one, victims=_make_room(need, cluster, one, allowed, present, now, avoid)) for one in candidates
+        )
+        possible = [one for one in tried if one.victims]
+        if possible:
+            best = min(possible, key=Candidate.eviction_score)
+            return Decision(need.deployment, Outcome.EVICT, tried, best, best.victims)
+    outcome = Outcome.IMPOSSIBLE if candidates and all(one.never for one in candidates) else Outcome.WAIT
+    return Decision(need.deployment, outcome, tuple(candidates))
+
+
+def tier_of(server: ServerRecord, need: Need) -> str:
+    """The fastest tier in which this server has the whole checkpoint."""
+    if server.dram.get(need.key, 0) >= max(1, need.weight_bytes):
+        return "dram"
+    if server.ssd.get(need.key, 0) >= max(1, need.weight_bytes):
+        return "ssd"
+    return "remote"
+
+
+def too_large(need: Need, cluster: Cluster) -> Failure | None:
+    """Why no server could hold this model even if it were empty; None if one could, or none is there to be asked."""
+    servers = cluster.ready_servers()
+    if servers:
+        pool = max(one.dram_capacity_bytes for one in servers)
+        if need.weight_bytes > pool:
+            return Failure(
+                code=Code.TOO_LARGE,
+                message=f"The model needs {size(need.weight_bytes)} of DRAM; the largest pool has {size(pool)}.",
+            )
+    workers = cluster.ready_workers()
+    if workers and all(need.memory_bytes(one.device) > one.memory_total_bytes for one in workers):
+        best = max(workers, key=lambda one: one.memory_total_bytes - need.memory_bytes(one.device))
+        needed = need.memory_bytes(best.device)
+        return Failure(
+            code=Code.TOO_LARGE,
+            message=f"A replica needs {size(needed)}, {size(need.kv_bytes)} of it for the KV cache; "
+            f"the largest worker has {size(best.memory_total_bytes)}. A shorter context needs less.",
+        )
+    return None
+
+
+def _candidate(
+    need: Need,
+    cluster: Cluster,
+    sums: Occupancy,
+    worker: WorkerRecord,
+    present: frozenset[str],
+    now: float,
+    avoid: Mapping[str, Failure],
+) -> Candidate:
+    server = cluster.servers.get(worker.server_id)
+    free = worker.memory_total_bytes - sums.memory_bytes.get(worker.worker_id, 0)
+    coming = sum(1 for load in cluster.loads.values() if load.server_id == worker.server_id)
+    refused, never = _refusal(need, cluster, sums, worker, present, now, avoid)
+    return Candidate(
+        worker_id=worker.worker_id,
+        server_id=worker.server_id,
+        tier=tier_of(server, need) if server is not None else "remote",
+        loads=max(coming, server.loads if server is not None else 0),
+        replicas=sums.replicas.get(worker.worker_id, 0),
+        free_bytes=free,
+        refused=refused,
+        never=never,
+    )
+
+
+def _refusal(
+    need: Need,
+    cluster: Cluster,
+    sums: Occupancy,
+    worker: WorkerRecord,
+    present: frozenset[str],
+    now: float,
+    avoid: Mapping[str, Failure],
+    *,
+    freed_bytes: int = 0,
+) -> tuple[str, bool]:
+    """Why this worker cannot take the replica ("" if it can), and whether it never could."""
+    id = worker.worker_id
+    server = cluster.servers.get(worker.server_id)
+    if server is None:
+        return f"server {worker.server_id} is gone", False
+    if worker.phase is not Phase.READY:
+        return f"the worker is {worker.phase.value}", False
+    if server.phase is not Phase.READY:
+        return f"server {worker.server_id} is {server.phase.value}", False
+    memory = need.memory_bytes(worker.device)
+    if memory > worker.memory_total_bytes:
+        return f"needs {size(memory)}, the worker has {size(worker.memory_total_bytes)}", True
+    if need.weight_bytes > server.dram_capacity_bytes:
+        return f"needs {size(need.weight_bytes)} of DRAM, the pool has {size(server.dram_capacity_bytes)}", True
+    if id in present:
+        return "has a replica of it already", False
+    if worker.server_id in avoid:
+        return f"it failed there: {avoid[worker.server_id].message}", False
+    if sums.replicas.get(id, 0) >= worker.max_replicas:
+        return f"has its {count(worker.max_replicas, 'replica')}", False
+    free = worker.memory_total_bytes - sums.memory_bytes.get(id, 0)
+    if memory > free:
+        return f"memory is {size(memory - free)} short", False
+    if not sums.holds(worker.server_id, need.key):
+        leased = max(0, cluster.leased_bytes(server, now) - freed_bytes)
+        pool = server.dram_capacity_bytes - max(leased, sums.pool_bytes(worker.server_id))
+        if need.weight_bytes > pool:
+            return f"the DRAM pool is {size(need.weight_bytes - pool)} short", False
+    return "", False
+
+
+def _make_room(
+    need: Need,
+    cluster: Cluster,
+    candidate: Candidate,
+    idle: Sequence[Victim],
+    present: frozenset[str],
+    now: float,
+    avoid: Mapping[str, Failure],
+) -> tuple[Victim, ...]:
+    """The fewest of the idle replicas of this worker (then of its server) whose leaving makes room; () if none do."""
+    worker = cluster.workers[candidate.worker_id]
+    own = [one for one in idle if one.worker_id == worker.worker_id]
+    near = [one for one in idle if one.server_id == worker.server_id and one.worker_id != worker.worker_id]
+
+    def without(chosen: Sequence[Victim]) -> str:
+        sums = cluster.occupancy(but_for=need.deployment)
+        before = sums.pool_bytes(worker.server_id)
+        for one in chosen:
+            sums.add(cluster.occupant(one.replica_id), -1)
+        freed = before - sums.pool_bytes(worker.server_id)
+        return _refusal(need, cluster, sums, worker, present, now, avoid, freed_bytes=freed)[0]
+
+    chosen: list[Victim] = []
+    for one in own + near:
+        chosen.append(one)
+        if without(chosen) == "":
+            break
+    else:
+        return ()
+    # The first ones may have been too small to matter: who need not leave stays, the least idle before all.
+    for one in reversed(list(chosen)):
+        fewer = [other for other in chosen if other is not one]
+        if fewer and without(fewer) == "":
+            chosen = fewer
+    return tuple(chosen)
+
+
+def count(number: int, noun: str) -> str:
+    """ "1 replica", "2 replicas"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def size(size_bytes: int) -> str:
+    """Bytes for people."""
+    value = float(size_bytes)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"
