@@ -52,7 +52,9 @@ class Allocator:
                     break
         for run in taken:
             self._take(*run)
-        return tuple(Extent(offset=first * self.chunk_bytes, length=count * self.chunk_bytes) for first, count in taken if count)
+        return tuple(
+            Extent(offset=first * self.chunk_bytes, length=count * self.chunk_bytes) for first, count in taken if count
+        )
 
     def free(self, extents: Iterable[Extent]) -> None:
         """Give chunks back. Raises ValueError if some are free already or no whole chunks."""

@@ -83,7 +83,7 @@ def parse_header(header: bytes, file_bytes: int, name: str) -> dict[str, HeaderT
     """The tensors of a safetensors file in the order of their data. Raises `invalid_checkpoint` with the reason."""
     try:
         table = json.loads(header)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise corrupt(f"{name} has a malformed safetensors header: {error}") from error
     if not isinstance(table, dict):
         raise corrupt(f"{name} has a malformed safetensors header: it is no table.")
@@ -143,7 +143,7 @@ _IN_LAYER: Final = (
 
 
 def _execution_key(name: str) -> tuple[int, int, int, tuple[int | str, ...]]:
-    natural = tuple(int(part) if part.isdigit() else part for part in _NUMBER.split(name))
+    natural = tuple(int(part) if index % 2 else part for index, part in enumerate(_NUMBER.split(name)))
     layer = _LAYER.search(name)
     if layer is not None:
         rest = name[layer.end() :]

@@ -49,9 +49,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     `tensors` are in the order in which they lie in the files. `tied` maps a parameter's name to the tensor that it
     shares (stored once, under one name). `chunks` holds one xxh3_64 (16 hex digits) per `chunk_bytes` of the image; the
-    last chunk is as long as what is left. `small_files` maps every other file of the checkpoint (config.json, tokenizer, …)
-    to its SHA-256 (hex), `config_digest` is one SHA-256 over all of them. `source` is what was asked for when it was
-    imported, `revision` what that was at that moment (a commit of the hub, a fingerprint of a directory).
+    last chunk is as long as what is left. `small_files` maps every other file of the checkpoint (config.json,
+    tokenizer, …) to its SHA-256 (hex), `config_digest` is one SHA-256 over all of them. `source` is what was asked for
+    when it was imported, `revision` what that was then (a commit of the hub, a fingerprint of a directory).
     """
 
     format_version: int

@@ -1,0 +1,601 @@
+"""The store's core: what it answers, what it wants done, and that its invariants hold whatever happens."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from services.store.allocator import Allocator
+from services.store.events import (
+    AcquireAsked,
+    Action,
+    Answer,
+    CheckpointRemoved,
+    DrainAsked,
+    Event,
+    EvictAsked,
+    ImportAsked,
+    ImportDone,
+    ImportFailed,
+    ImportPlanned,
+    ImportProgressed,
+    InspectAsked,
+    InspectFailed,
+    InspectSource,
+    Note,
+    PlanImport,
+    PublishProgress,
+    ReadDone,
+    ReadFailed,
+    ReadImage,
+    ReadProgressed,
+    ReleaseAsked,
+    RemoveCheckpoint,
+    RenewAsked,
+    RunImport,
+    SourceInspected,
+    StoredCheckpoint,
+)
+from services.store.residency import INTEREST_S, ROOM_GRACE_S, Residency, trim
+from shared.contracts.records import Phase
+from shared.contracts.residency import (
+    Acquire,
+    Checkpoint,
+    Done,
+    Evict,
+    Import,
+    Imported,
+    Inspect,
+    Inspected,
+    Lease,
+    Progress,
+    Release,
+    Renew,
+    Renewed,
+    Source,
+)
+from shared.errors import Code, Failure
+
+CHUNK = 4096
+
+
+def source(name: str) -> Source:
+    return Source(url=f"/models/{name}")
+
+
+def stored(name: str, chunks: int = 1, *, slack_bytes: int = 0) -> StoredCheckpoint:
+    checkpoint = Checkpoint(
+        checkpoint_id=name,
+        architecture="LlamaForCausalLM",
+        weight_bytes=chunks * CHUNK - slack_bytes,
+        parameters=1,
+        dtype="float32",
+        max_context_tokens=128,
+        kv_bytes_per_token=64,
+        vocab_tokens=32,
+        has_chat_template=True,
+    )
+    return StoredCheckpoint(
+        checkpoint=checkpoint,
+        directory=f"/store/{name}",
+        stored_bytes=chunks * CHUNK + 100,
+        image_bytes=chunks * CHUNK,
+        source=source(name),
+        revision="r1",
+    )
+
+
+class Desk:
+    """Drives a core by hand: a clock, the answers by caller, and the work that is wanted and not done yet."""
+
+    def __init__(self, *known: StoredCheckpoint, dram_chunks: int = 8, ssd_bytes: int = 1_000_000) -> None:
+        self.now = 100.0
+        self.core = Residency(
+            server_id="s1",
+            nonce="n",
+            segment="/dev/shm/x",
+            allocator=Allocator(chunk_bytes=CHUNK, chunk_count=dram_chunks),
+            ssd_capacity_bytes=ssd_bytes,
+            chunk_bytes=CHUNK,
+            stored=known,
+        )
+        self.answers: dict[str, list[Any]] = {}
+        self.work: list[Action] = []
+        self.published: list[PublishProgress] = []
+        self.notes: list[Note] = []
+
+    def post(self, event: Event | None) -> None:
+        for action in self.core.handle(event, self.now):
+            match action:
+                case Answer(reply, message):
+                    self.answers.setdefault(reply, []).append(message)
+                case PublishProgress():
+                    self.published.append(action)
+                case Note():
+                    self.notes.append(action)
+                case InspectSource() | PlanImport() | RunImport() | ReadImage() | RemoveCheckpoint():
+                    self.work.append(action)
+        self.core.check()
+
+    def after(self, seconds: float) -> None:
+        """Let time pass, waking the core at each of its deadlines."""
+        end = self.now + seconds
+        while (deadline := self.core.deadline()) is not None and deadline <= end:
+            self.now = max(self.now, deadline)
+            self.post(None)
+        self.now = end
+        self.post(None)
+
+    def acquire(self, name: str, caller: str = "a", *, holder: str = "w1", wait_s: float = 1.0, ttl_s: float = 10.0,
+                id: str | None = None, deployment: str = "") -> Any:  # fmt: skip
+        message = Acquire(
+            checkpoint_id=name if id is None else id,
+            source=source(name),
+            holder=holder,
+            ttl_s=ttl_s,
+            wait_s=wait_s,
+            deployment=deployment,
+        )
+        self.post(AcquireAsked(message, caller))
+        return self.last(caller)
+
+    def last(self, caller: str) -> Any:
+        return self.answers.get(caller, [None])[-1]
+
+    def take(self, kind: type[Any]) -> Any:
+        """The oldest piece of work that is wanted; it must be of this kind."""
+        action = self.work.pop(0)
+        assert isinstance(action, kind), action
+        return action
+
+    def finish_read(self, seconds: float = 0.1) -> None:
+        self.post(ReadDone(self.take(ReadImage).stored.id, seconds))
+
+
+def test_hit_in_dram_is_leased_at_once() -> None:
+    desk = Desk(stored("m", 2))
+    assert desk.acquire("m") is None
+    desk.finish_read(0.25)
+    first = desk.last("a")
+    assert isinstance(first, Lease)
+    assert (first.tier, first.read_s, first.ssd_bytes) == ("ssd", 0.25, 2 * CHUNK)
+    second = desk.acquire("m", "b", holder="w2")
+    assert isinstance(second, Lease)
+    assert (second.tier, second.read_s, second.ssd_bytes, second.dram_bytes) == ("dram", 0.0, 0, 2 * CHUNK)
+    assert second.extents == first.extents
+    assert second.lease_id != first.lease_id
+
+
+def test_one_holder_has_one_lease_on_a_checkpoint_and_repeating_renews_it() -> None:
+    desk = Desk(stored("m"))
+    desk.acquire("m", ttl_s=10)
+    desk.finish_read()
+    lease = desk.last("a")
+    desk.after(8)
+    assert desk.acquire("m", ttl_s=10) == lease
+    desk.after(8)
+    assert desk.core.lease_count == 1
+    desk.after(3)
+    assert desk.core.lease_count == 0
+    assert [note.event for note in desk.notes][-1] == "lease.expired"
+
+
+def test_renew_and_release() -> None:
+    desk = Desk(stored("m"))
+    desk.acquire("m")
+    desk.finish_read()
+    lease_id = desk.last("a").lease_id
+    desk.after(9)
+    desk.post(RenewAsked(Renew(holder="w1", lease_ids=(lease_id, "n-77"), ttl_s=10), "r"))
+    assert desk.last("r") == Renewed(unknown=("n-77",))
+    desk.post(RenewAsked(Renew(holder="somebody", lease_ids=(lease_id,), ttl_s=10), "r"))
+    assert desk.last("r") == Renewed(unknown=(lease_id,))
+    desk.post(ReleaseAsked(Release(holder="somebody", lease_id=lease_id)))
+    assert desk.core.lease_count == 1
+    desk.post(ReleaseAsked(Release(holder="w1", lease_id=lease_id)))
+    assert desk.core.lease_count == 0
+
+
+def test_equal_loads_are_read_once_and_every_caller_gets_a_lease() -> None:
+    desk = Desk(stored("m"))
+    for number in range(3):
+        desk.acquire("m", f"c{number}", holder=f"w{number}")
+    desk.finish_read()
+    assert not desk.work
+    assert len({desk.last(f"c{number}").lease_id for number in range(3)}) == 3
+
+
+def test_reads_go_one_after_another_in_the_order_asked() -> None:
+    desk = Desk(stored("a"), stored("b"))
+    desk.acquire("a", "ca")
+    desk.acquire("b", "cb")
+    assert len(desk.work) == 1
+    desk.finish_read()
+    assert isinstance(desk.last("ca"), Lease)
+    assert desk.last("cb") is None
+    desk.finish_read()
+    assert desk.last("cb").checkpoint.checkpoint_id == "b"
+
+
+def test_a_poll_is_answered_with_progress_and_repeated() -> None:
+    desk = Desk(stored("m", 4))
+    desk.acquire("m", wait_s=1.0)
+    desk.after(0.2)
+    desk.post(ReadProgressed("m", 2 * CHUNK))
+    desk.after(0.8)
+    progress = desk.last("a")
+    assert progress == Progress(phase="reading", done_bytes=2 * CHUNK, total_bytes=4 * CHUNK, eta_s=pytest.approx(1.0))
+    desk.acquire("m", wait_s=1.0)
+    desk.finish_read()
+    assert isinstance(desk.last("a"), Lease)
+
+
+def test_no_estimate_before_two_chunks_and_fifty_milliseconds() -> None:
+    desk = Desk(stored("m", 4))
+    desk.acquire("m", deployment="d")
+    for at, done in ((0.01, 3 * CHUNK), (0.5, CHUNK)):
+        desk.now += at
+        desk.post(ReadProgressed("m", done))
+    assert [one.progress.eta_s for one in desk.published][:1] == [None]
+    fresh = Desk(stored("m", 4))
+    fresh.acquire("m", wait_s=0.5)
+    fresh.now += 0.4
+    fresh.post(ReadProgressed("m", CHUNK))
+    fresh.after(0.2)
+    assert fresh.last("a").eta_s is None
+
+
+def test_progress_hints_are_at_least_100_ms_apart() -> None:
+    desk = Desk(stored("m", 8))
+    desk.acquire("m", deployment="slug-1")
+    for number in range(1, 8):
+        desk.now += 0.04
+        desk.post(ReadProgressed("m", number * CHUNK))
+    assert [one.deployment for one in desk.published] == ["slug-1"] * 3
+
+
+def test_a_holder_between_two_polls_keeps_its_lease_and_its_ledger() -> None:
+    desk = Desk(stored("m"))
+    desk.acquire("m", wait_s=0.5)
+    desk.after(0.6)
+    assert isinstance(desk.last("a"), Progress)
+    desk.finish_read(0.4)
+    assert desk.core.lease_count == 1
+    assert desk.acquire("m").read_s == 0.4
+
+
+def test_a_caller_that_never_comes_back_leaves_nothing() -> None:
+    desk = Desk(stored("m"), stored("n"))
+    desk.acquire("m", "c1", wait_s=0.5)
+    desk.acquire("n", "c2", wait_s=0.5)  # queued behind m
+    desk.after(0.5 + INTEREST_S)
+    desk.finish_read()
+    assert not desk.work, "nobody waits for n any more"
+    assert desk.core.lease_count == 0
+    assert desk.core.deadline() is None
+
+
+def test_least_recently_used_goes_first_and_leased_never() -> None:
+    desk = Desk(stored("a", 2), stored("b", 2), stored("c", 2), dram_chunks=4)
+    desk.acquire("a", ttl_s=1000)
+    desk.finish_read()
+    kept = desk.last("a")
+    desk.acquire("b", "cb", holder="w2")
+    desk.finish_read()
+    desk.post(ReleaseAsked(Release(holder="w2", lease_id=desk.last("cb").lease_id)))
+    desk.acquire("c", "cc", holder="w3", ttl_s=1000)
+    desk.finish_read()
+    record = desk.core.record(Phase.READY, host="h", pid=1)
+    assert sorted(record.dram) == ["a", "c"]
+    assert record.leased_bytes == 4 * CHUNK
+    assert desk.acquire("b", "cb2", holder="w2", wait_s=5) is None
+    desk.after(ROOM_GRACE_S)
+    failure = desk.last("cb2")
+    assert failure.code is Code.NO_CAPACITY
+    assert failure.kind.retryable
+    assert isinstance(desk.acquire("a"), Lease)
+    assert desk.last("a").extents == kept.extents
+
+
+def test_room_that_is_released_within_the_grace_is_used() -> None:
+    desk = Desk(stored("a", 4), stored("b", 4), dram_chunks=4)
+    desk.acquire("a", "ca")
+    desk.finish_read()
+    desk.acquire("b", "cb", holder="w2", wait_s=5)
+    desk.after(ROOM_GRACE_S / 2)
+    desk.post(ReleaseAsked(Release(holder="w1", lease_id=desk.last("ca").lease_id)))
+    desk.finish_read()
+    assert desk.last("cb").checkpoint.checkpoint_id == "b"
+
+
+def test_model_larger_than_the_pool_names_both_numbers() -> None:
+    desk = Desk(stored("m", 9), dram_chunks=8)
+    failure = desk.acquire("m")
+    assert failure.code is Code.TOO_LARGE
+    assert str(9 * CHUNK) in failure.message
+    assert str(8 * CHUNK) in failure.message
+    desk.post(InspectAsked(Inspect(source=source("n")), "i"))
+    desk.post(SourceInspected(desk.take(InspectSource).reply, "LlamaForCausalLM", 1, 9 * CHUNK, 10))
+    assert desk.last("i").code is Code.TOO_LARGE
+
+
+def test_inspect_answers_or_refuses() -> None:
+    desk = Desk()
+    for caller in ("i1", "i2"):
+        desk.post(InspectAsked(Inspect(source=source(caller)), caller))
+    desk.post(SourceInspected("i1", "LlamaForCausalLM", 77, CHUNK, CHUNK))
+    desk.post(InspectFailed("i2", Failure(code=Code.INVALID_CHECKPOINT, message="no config.json")))
+    assert desk.last("i1") == Inspected(architecture="LlamaForCausalLM", weight_bytes=77)
+    assert desk.last("i2").code is Code.INVALID_CHECKPOINT
+
+
+def test_import_then_load_of_what_is_in_no_tier() -> None:
+    desk = Desk()
+    desk.acquire("m", id="", wait_s=20, deployment="d")
+    src = desk.take(PlanImport).source
+    desk.post(ImportPlanned(src, "r1", CHUNK, CHUNK + 200))
+    assert desk.take(RunImport).revision == "r1"
+    desk.now += 0.5
+    desk.post(ImportProgressed(src, CHUNK // 2, CHUNK))
+    desk.post(ImportDone(src, stored("m"), remote_bytes=CHUNK, seconds=0.7))
+    desk.finish_read(0.1)
+    lease = desk.last("a")
+    assert (lease.tier, lease.import_s, lease.read_s, lease.remote_bytes, lease.ssd_bytes) == (
+        "remote",
+        0.7,
+        0.1,
+        CHUNK,
+        CHUNK,
+    )
+    assert "importing" in [one.progress.phase for one in desk.published]
+    # From now on the source is known by name.
+    assert desk.acquire("m", "b", id="", holder="w2").tier == "dram"
+
+
+def test_imports_of_one_source_are_done_once() -> None:
+    desk = Desk()
+    for caller in ("i1", "i2"):
+        desk.post(ImportAsked(Import(source=source("m")), caller))
+    desk.acquire("m", wait_s=5)
+    desk.post(ImportPlanned(desk.take(PlanImport).source, "r1", CHUNK, CHUNK))
+    desk.post(ImportDone(desk.take(RunImport).source, stored("m"), remote_bytes=CHUNK, seconds=1))
+    assert desk.last("i1") == desk.last("i2") == Imported(checkpoint=stored("m").checkpoint)
+    desk.finish_read()
+    assert isinstance(desk.last("a"), Lease)
+    # Asking again looks at the source, finds it unchanged, and copies nothing.
+    desk.post(ImportAsked(Import(source=source("m")), "i3"))
+    desk.post(ImportPlanned(desk.take(PlanImport).source, "r1", CHUNK, CHUNK))
+    assert desk.last("i3") == desk.last("i1")
+    assert not desk.work
+
+
+def test_a_source_that_holds_something_else_now_is_refused() -> None:
+    desk = Desk()
+    desk.acquire("m", id="the-old-one", wait_s=5)
+    desk.post(ImportPlanned(desk.take(PlanImport).source, "r2", CHUNK, CHUNK))
+    desk.post(ImportDone(desk.take(RunImport).source, stored("m"), remote_bytes=CHUNK, seconds=1))
+    assert desk.last("a").code is Code.CHECKPOINT_UNAVAILABLE
+    assert not desk.work
+
+
+def test_failed_import_reaches_waiting_callers_and_those_between_two_polls() -> None:
+    desk = Desk()
+    failure = Failure(code=Code.INVALID_CHECKPOINT, message="truncated")
+    desk.post(ImportAsked(Import(source=source("m"), wait_s=0.5), "i1"))
+    desk.acquire("m", "a", wait_s=5)
+    desk.after(0.6)
+    assert desk.last("i1") == Progress(phase="queued")
+    desk.post(ImportFailed(desk.take(PlanImport).source, failure))
+    assert desk.last("a") == failure
+    desk.post(ImportAsked(Import(source=source("m")), "i1"))
+    assert desk.last("i1") == failure
+    # Told once; the next call tries again.
+    desk.post(ImportAsked(Import(source=source("m")), "i1"))
+    desk.take(PlanImport)
+
+
+def test_ssd_room_is_made_before_the_import_runs() -> None:
+    old, newer = stored("old"), stored("newer")
+    desk = Desk(old, newer, ssd_bytes=old.stored_bytes * 2 + 10)
+    desk.post(ImportAsked(Import(source=source("m"), wait_s=9), "i"))
+    desk.post(ImportPlanned(desk.take(PlanImport).source, "r1", CHUNK, stored("m").stored_bytes))
+    removal = desk.take(RemoveCheckpoint)
+    assert removal.checkpoint_id == "old"
+    assert not desk.work, "the import waits for the room"
+    desk.post(CheckpointRemoved("old"))
+    desk.post(ImportDone(desk.take(RunImport).source, stored("m"), remote_bytes=1, seconds=1))
+    assert isinstance(desk.last("i"), Imported)
+    assert sorted(desk.core.record(Phase.READY, host="h", pid=1).ssd) == ["m", "newer"]
+
+
+def test_import_is_refused_when_the_ssd_tier_is_leased_or_too_small() -> None:
+    desk = Desk(stored("a"), ssd_bytes=stored("a").stored_bytes + 10)
+    desk.acquire("a")
+    desk.finish_read()
+    desk.post(ImportAsked(Import(source=source("m")), "i"))
+    desk.post(ImportPlanned(desk.take(PlanImport).source, "r1", CHUNK, CHUNK))
+    assert desk.last("i").code is Code.NO_CAPACITY
+    desk.post(ImportAsked(Import(source=source("m")), "i"))
+    desk.post(ImportPlanned(desk.take(PlanImport).source, "r1", CHUNK, 10 * CHUNK))
+    assert desk.last("i").code is Code.TOO_LARGE
+    assert isinstance(desk.acquire("a"), Lease)
+
+
+def test_evict() -> None:
+    desk = Desk(stored("m"))
+    desk.acquire("m")
+    desk.post(EvictAsked(Evict(checkpoint_id="m", tier="dram"), "e"))
+    assert desk.last("e").code is Code.BUSY
+    desk.finish_read()
+    desk.post(EvictAsked(Evict(checkpoint_id="m", tier="dram"), "e"))
+    assert desk.last("e").code is Code.BUSY
+    desk.post(ReleaseAsked(Release(holder="w1", lease_id=desk.last("a").lease_id)))
+    desk.post(EvictAsked(Evict(checkpoint_id="m", tier="floppy"), "e"))
+    assert desk.last("e").code is Code.INVALID_REQUEST
+    desk.post(EvictAsked(Evict(checkpoint_id="m", tier="dram"), "e"))
+    assert desk.last("e") == Done()
+    assert desk.core.dram_used_bytes == 0
+    desk.post(EvictAsked(Evict(checkpoint_id="m", tier="ssd"), "e2"))
+    assert desk.last("e2") is None
+    assert desk.core.ssd_used_bytes > 0, "the bytes are not free before the directory is gone"
+    desk.post(CheckpointRemoved(desk.take(RemoveCheckpoint).checkpoint_id))
+    assert desk.last("e2") == Done()
+    assert desk.core.ssd_used_bytes == 0
+    desk.post(EvictAsked(Evict(checkpoint_id="m", tier="ssd"), "e3"))
+    assert desk.last("e3") == Done()
+
+
+def test_corrupt_bytes_are_never_claimed_and_the_next_caller_causes_a_fresh_import() -> None:
+    desk = Desk(stored("m"))
+    desk.acquire("m")
+    desk.take(ReadImage)
+    desk.post(ReadFailed("m", Failure(code=Code.CHECKPOINT_CORRUPT, message="chunk 0 differs")))
+    assert desk.last("a").code is Code.CHECKPOINT_CORRUPT
+    assert desk.core.dram_used_bytes == 0
+    assert desk.take(RemoveCheckpoint).checkpoint_id == "m"
+    desk.acquire("m")
+    assert not desk.work, "no import while the directory is being removed"
+    desk.post(CheckpointRemoved("m"))
+    desk.take(PlanImport)
+
+
+def test_an_unreadable_disk_fails_the_load_and_keeps_the_checkpoint() -> None:
+    desk = Desk(stored("m"))
+    desk.acquire("m")
+    desk.take(ReadImage)
+    desk.post(ReadFailed("m", Failure(code=Code.CHECKPOINT_UNAVAILABLE, message="input/output error")))
+    assert desk.last("a").code is Code.CHECKPOINT_UNAVAILABLE
+    desk.acquire("m")
+    desk.finish_read()
+    assert isinstance(desk.last("a"), Lease)
+
+
+def test_import_that_met_what_was_then_evicted_runs_again() -> None:
+    desk = Desk(stored("m"))
+    other = source("copy-of-m")
+    desk.post(ImportAsked(Import(source=other, wait_s=9), "i"))
+    desk.post(ImportPlanned(desk.take(PlanImport).source, "r9", CHUNK, CHUNK))
+    desk.take(RunImport)
+    desk.post(EvictAsked(Evict(checkpoint_id="m", tier="ssd"), "e"))
+    desk.post(ImportDone(other, stored("m"), remote_bytes=1, seconds=1, existing=True))
+    assert desk.last("i") is None
+    desk.post(CheckpointRemoved(desk.take(RemoveCheckpoint).checkpoint_id))
+    desk.take(PlanImport)
+
+
+def test_drain_tells_everybody_and_takes_nothing_new() -> None:
+    desk = Desk(stored("m"))
+    desk.acquire("m")
+    desk.post(ImportAsked(Import(source=source("n")), "i"))
+    desk.post(DrainAsked())
+    assert desk.last("a").code is Code.DRAINING
+    assert desk.last("i").code is Code.DRAINING
+    assert desk.acquire("m", "late").code is Code.DRAINING
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Acquire(checkpoint_id="m", source=source("m"), holder="w", ttl_s=0),
+        Acquire(checkpoint_id="m", source=source("m"), holder="w", ttl_s=float("nan")),
+        Acquire(checkpoint_id="m", source=source("m"), holder="w", ttl_s=1, deployment="a.b"),
+    ],
+)
+def test_malformed_acquire_is_refused(message: Acquire) -> None:
+    desk = Desk(stored("m"))
+    desk.post(AcquireAsked(message, "a"))
+    assert desk.last("a").code is Code.INVALID_REQUEST
+
+
+def test_bandwidth_is_measured_from_reads_that_are_large_enough() -> None:
+    desk = Desk(stored("small"), stored("big", 512), dram_chunks=600, ssd_bytes=10**8)
+    desk.acquire("small")
+    desk.finish_read(0.001)
+    assert desk.core.ssd_bytes_per_s is None
+    desk.acquire("big")
+    desk.finish_read(0.5)
+    assert desk.core.ssd_bytes_per_s == 512 * CHUNK / 0.5
+
+
+def test_trim_keeps_the_most_recently_used() -> None:
+    known = [stored("oldest"), stored("middle"), stored("newest")]
+    keep, go = trim(known, 2 * known[0].stored_bytes)
+    assert [one.id for one in keep] == ["middle", "newest"]
+    assert [one.id for one in go] == ["oldest"]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_invariants_hold_whatever_happens(seed: int) -> None:
+    """Random calls, results, failures and pauses; afterwards everything lapses and nothing is left over."""
+    choose = random.Random(seed)
+    names = [f"m{number}" for number in range(5)]
+    sizes = {name: choose.randint(1, 5) for name in names}
+    known = [stored(name, sizes[name]) for name in names[:2]]
+    desk = Desk(*known, dram_chunks=8, ssd_bytes=choose.choice([12, 20, 40]) * CHUNK)
+    for number in range(300):
+        name, caller, holder = choose.choice(names), f"c{number}", f"w{choose.randint(0, 3)}"
+        match choose.randint(0, 11):
+            case 0 | 1 | 2:
+                id = choose.choice([name, "", "other"])
+                desk.acquire(
+                    name,
+                    caller,
+                    holder=holder,
+                    id=id,
+                    wait_s=choose.choice([0, 0.5, 3]),
+                    ttl_s=choose.choice([0.5, 5, 60]),
+                )
+            case 3:
+                desk.post(ImportAsked(Import(source=source(name), wait_s=choose.choice([0, 1])), caller))
+            case 4:
+                desk.post(EvictAsked(Evict(checkpoint_id=name, tier=choose.choice(["ssd", "dram"])), caller))
+            case 5:
+                leases = [m for said in desk.answers.values() for m in said if isinstance(m, Lease)]
+                if leases:
+                    desk.post(ReleaseAsked(Release(holder=holder, lease_id=choose.choice(leases).lease_id)))
+            case 6:
+                desk.after(choose.choice([0.01, 0.3, 2, 7]))
+            case _:
+                if desk.work:
+                    _carry_out(desk, desk.work.pop(choose.randrange(len(desk.work))), sizes, choose)
+    for _ in range(200):
+        desk.after(1)
+        while desk.work:
+            _carry_out(desk, desk.work.pop(0), sizes, choose)
+    desk.after(100)
+    record = desk.core.record(Phase.READY, host="h", pid=1)
+    assert (record.loads, record.leased_bytes, desk.core.lease_count) == (0, 0, 0)
+    assert desk.core.deadline() is None
+    unanswered = [caller for caller in desk.answers if len(desk.answers[caller]) != 1]
+    assert not unanswered, "a call was answered twice"
+    assert desk.core.ssd_used_bytes == sum(stored(id, sizes[id]).stored_bytes for id in record.ssd)
+
+
+def _carry_out(desk: Desk, action: Action, sizes: dict[str, int], choose: random.Random) -> None:
+    broken = Failure(code=choose.choice([Code.CHECKPOINT_CORRUPT, Code.CHECKPOINT_UNAVAILABLE]), message="broken")
+    match action:
+        case PlanImport(src):
+            name = src.url.rsplit("/", 1)[1]
+            if choose.random() < 0.1:
+                desk.post(ImportFailed(src, broken))
+            else:
+                desk.post(
+                    ImportPlanned(src, choose.choice(["r1", "r2"]), sizes[name] * CHUNK, sizes[name] * CHUNK + 100)
+                )
+        case RunImport(src, _):
+            name = src.url.rsplit("/", 1)[1]
+            if choose.random() < 0.1:
+                desk.post(ImportFailed(src, broken))
+            else:
+                existing = choose.random() < 0.5
+                desk.post(ImportDone(src, stored(name, sizes[name]), remote_bytes=1, seconds=1.0, existing=existing))
+        case ReadImage(one, extents):
+            assert sum(extent.length for extent in extents) >= one.image_bytes
+            if choose.random() < 0.1:
+                desk.post(ReadFailed(one.id, broken))
+            else:
+                desk.post(ReadDone(one.id, 0.1))
+        case RemoveCheckpoint(id, _):
+            desk.post(CheckpointRemoved(id))
