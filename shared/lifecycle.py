@@ -142,11 +142,13 @@ class Context(Generic[S]):
         self.phase = Phase.READY
         for beat in self._beats:
             await beat.push()
+        metrics.READY.set(1)
         self.log.info("service.ready")
 
     async def drain(self) -> None:
         """The service takes nothing new: say so in its records, at once."""
         self.phase = Phase.DRAINING
+        metrics.READY.set(0)
         for beat in self._beats:
             try:
                 await beat.push()
