@@ -1,4 +1,4 @@
-"""`hearth`: the command line. Imports only what the verb needs, so that `hearth --help` and every service start fast."""
+"""`hearth`: the command line. Imports only what the verb needs: `hearth --help` and every service start fast."""
 
 from __future__ import annotations
 

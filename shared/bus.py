@@ -309,6 +309,14 @@ class Bus:
             await self.client.subscribe(self._subject(endpoint.subject(**ids)), queue=group, cb=arrived)
         )
 
+    async def listen(self, subject: str, handler: Callable[[str, bytes, str], None]) -> Subscription:
+        """Have `handler` called with (subject, bytes, reply subject) of everything there, as it is: for `hearth tap`."""
+
+        async def arrived(msg: Msg) -> None:
+            self.guard(handler, msg.subject, msg.data, msg.reply)
+
+        return Subscription(await self.client.subscribe(subject, cb=arrived))
+
     def guard(self, handler: Callable[..., None], *arguments: Any) -> bool:
         """Call a handler; the one place where any exception is caught: one bad message must not end the service."""
         try:

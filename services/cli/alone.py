@@ -18,8 +18,8 @@ def alone(options: argparse.Namespace) -> int:
         if missing in {"services", "shared"}:
             raise
         print(
-            f"hearth {options.verb}: the Python package {missing!r} is not installed here; ./hearth installs everything, "
-            f"pip install -e '.[store,worker]' does as well.",
+            f"hearth {options.verb}: the Python package {missing!r} is not installed here; ./hearth installs "
+            "everything, pip install -e '.[store,worker]' does as well.",
             file=sys.stderr,
         )
         return 1

@@ -1,8 +1,8 @@
 """The first start: makes `.venv` and installs Hearth with its pinned versions.
 
 Run by the launcher with the system's own Python, so it needs nothing but the standard library. One installation runs
-at a time (a lock that the kernel frees when its holder dies); a broken or interrupted one is repaired by the next start,
-because the stamp that the launcher compares is written last.
+at a time (a lock that the kernel frees when its holder dies); a broken or interrupted one is repaired by the next
+start, because the stamp that the launcher compares is written last.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CAUSES: Final = (
     (
         r"Temporary failure in name resolution|Name or service not known|nodename nor servname|NewConnectionError"
         r"|Network is unreachable|ConnectTimeout|Connection refused|Max retries exceeded|ProxyError|ReadTimeout",
-        "The package index cannot be reached: connect this machine to the network, or name a mirror in pip's configuration.",
+        "The package index cannot be reached: connect this machine to the network, or name a mirror in pip's settings.",
     ),
     (
         r"No matching distribution found|ResolutionImpossible",
@@ -116,7 +116,9 @@ def only_one(venv: Path, progress: Progress) -> Iterator[int]:
 
 def interesting(line: str) -> str:
     """The part of a line of pip's output that is worth showing while it runs, else an empty string."""
-    match = re.match(r"\s*(?:(Collecting|Installing collected packages)\b|(Downloading|Using cached) (\S+?)( \([^)]*\))?\s*$)", line)
+    match = re.match(
+        r"\s*(?:(Collecting|Installing collected packages)\b|(Downloading|Using cached) (\S+?)( \([^)]*\))?\s*$)", line
+    )
     if match is None:
         return ""
     if match[1] == "Collecting":
@@ -174,7 +176,9 @@ def install(root: Path, set_name: str, stamp: str) -> None:
         if not os.access(venv, os.W_OK):
             raise PermissionError(13, "not writable")
         with only_one(venv, progress) as lock:
-            if (venv / f"stamp-{set_name}").is_file() and (venv / f"stamp-{set_name}").read_text().rstrip("\n") == stamp:
+            if (venv / f"stamp-{set_name}").is_file() and (venv / f"stamp-{set_name}").read_text().rstrip(
+                "\n"
+            ) == stamp:
                 progress.end("installed by the other start.")
                 return
             with (venv / "install.log").open("w") as log:

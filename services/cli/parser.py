@@ -105,7 +105,9 @@ def _data_dir(parser: argparse.ArgumentParser) -> None:
 
 def _up(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--demo", action="store_true", help="deploy the demo model, so that something answers at once")
-    parser.add_argument("--servers", metavar="N", type=_positive, default=1, help="servers, each with its own store (1)")
+    parser.add_argument(
+        "--servers", metavar="N", type=_positive, default=1, help="servers, each with its own store (1)"
+    )
     parser.add_argument("--workers-per-server", metavar="M", type=_positive, default=1, help="workers on each (1)")
     parser.add_argument("--port", type=_port, default=8080, help="port of the HTTP API (%(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="address of the HTTP API (%(default)s: this machine only)")
@@ -125,7 +127,9 @@ def _deploy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="convert the parameters")
     parser.add_argument("--min-replicas", metavar="N", type=int, help="replicas kept even when nobody asks (0)")
     parser.add_argument("--max-replicas", metavar="N", type=_positive, help="replicas at most (1)")
-    parser.add_argument("--target-concurrency", metavar="N", type=_positive, help="requests that one replica runs at once")
+    parser.add_argument(
+        "--target-concurrency", metavar="N", type=_positive, help="requests that one replica runs at once"
+    )
     parser.add_argument("--keep-alive", metavar="SECONDS", type=_seconds, help="how long an idle replica stays (60)")
     parser.add_argument("--max-context", metavar="TOKENS", type=_positive, help="longest prompt + answer in tokens")
     parser.add_argument("--queue-limit", metavar="N", type=_positive, help="requests outstanding at most (1024)")
@@ -188,8 +192,17 @@ VERBS: Final[tuple[tuple[str, str, str, str, Callable[[argparse.ArgumentParser],
     ("chat", "talk to a deployment", "services.cli.chat", "chat", _chat),
     ("tap", "show the traffic on the bus, decoded", "services.cli.tap", "tap", _tap),
     ("test", "run the linters and the tests", "services.cli.checks", "test", _test),
-    ("settings", "list every environment variable with unit and default", "services.cli.settings", "settings", _settings),
-    *((name, f"run this service alone: {text}", "services.cli.alone", "alone", _nothing) for name, text in SERVICES.items()),
+    (
+        "settings",
+        "list every environment variable with unit and default",
+        "services.cli.settings",
+        "settings",
+        _settings,
+    ),
+    *(
+        (name, f"run this service alone: {text}", "services.cli.alone", "alone", _nothing)
+        for name, text in SERVICES.items()
+    ),
 )
 
 

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 # Debian's redis-server package holds only a service file and a link: the program is in redis-tools, under another name.
 DEBIAN_PACKAGES: Final = {"nats-server": "nats-server", "redis-server": "redis-tools"}
+DEBIAN_LIBRARIES: Final = ("libjemalloc2", "liblzf1", "libatomic1", "liblua5.1-0")
 ROOT_PACKAGES: Final = {"nats-server": "nats-server", "redis-server": "redis-server"}
 BREW_FORMULAE: Final = {"nats-server": "nats-server", "redis-server": "redis"}
 ELSEWHERE: Final = ("/usr/sbin", "/usr/local/bin", "/usr/local/sbin", "/opt/homebrew/bin", "/opt/homebrew/sbin")
@@ -113,7 +114,6 @@ def _get(missing: list[str], programs_dir: Path, say: Say) -> None:
         packages = [ROOT_PACKAGES[name] for name in missing]
         say(f"{names} missing: installing {' '.join(packages)} with apt-get")
         environment = {"DEBIAN_FRONTEND": "noninteractive"}
-        # The services must not start by themselves: policy-rc.d is asked, and the PATH of a container has none.
         install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages]
         if _run(install, environment) is not None:
             _must(["apt-get", "update", "-qq"], missing, environment)
@@ -130,11 +130,12 @@ def _get(missing: list[str], programs_dir: Path, say: Say) -> None:
         raise ServersError(_advice(missing, "this machine has neither apt-get nor brew"))
 
 
-def _run(command: list[str], environment: dict[str, str]) -> str | None:
+def _run(command: list[str], environment: dict[str, str], folder: Path | None = None) -> str | None:
     """None if the command succeeds, else the last line that it printed."""
     try:
         done = subprocess.run(
             command,
+            cwd=folder,
             env={**os.environ, "LC_ALL": "C", **environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -154,8 +155,8 @@ def _run(command: list[str], environment: dict[str, str]) -> str | None:
     return lines[-1] if lines else f"{command[0]} ended with exit code {done.returncode}"
 
 
-def _must(command: list[str], missing: list[str], environment: dict[str, str]) -> None:
-    why = _run(command, environment)
+def _must(command: list[str], missing: list[str], environment: dict[str, str], folder: Path | None = None) -> None:
+    why = _run(command, environment, folder)
     if why is not None:
         raise ServersError(_advice(missing, f"{command[0]} says: {why}"))
 
@@ -185,8 +186,12 @@ def _unpack(packages: list[str], missing: list[str], programs_dir: Path) -> None
     )
     environment = {"APT_CONFIG": str(config)}
     _must(["apt-get", "update", "-qq"], missing, environment)
-    # Downloads the packages and whatever of their dependencies this machine does not have.
-    _must(["apt-get", "install", "-y", "-qq", "--download-only", *packages], missing, environment)
+    # The packages themselves, even if dpkg believes that they are installed; then their missing dependencies.
+    _must(["apt-get", "download", "-qq", *packages], missing, environment, home / "apt" / "archives")
+    if _run(["apt-get", "install", "-y", "-qq", "--download-only", *packages], environment) is not None:
+        # dpkg's own picture is broken (half-installed packages), which without root nobody can mend: guess.
+        for library in DEBIAN_LIBRARIES:
+            _run(["apt-get", "download", "-qq", library], environment, home / "apt" / "archives")
     archives = sorted((home / "apt" / "archives").glob("*.deb"))
     for archive in archives:
         _must(["dpkg-deb", "-x", str(archive), str(home / "root")], missing, {})

@@ -46,7 +46,9 @@ class Supervision:
         if code in HOPELESS:
             return GiveUp("it refuses its settings")
         if self._quick_failures >= QUICK_FAILURES:
-            return GiveUp(f"it ended {self._quick_failures} times within {QUICK_S:.0f} s of its start, last {how(code)}")
+            return GiveUp(
+                f"it ended {self._quick_failures} times within {QUICK_S:.0f} s of its start, last {how(code)}"
+            )
         self.restarts += 1
         return StartAgain(delay_s(self._quick_failures, first_s=FIRST_DELAY_S, most_s=MOST_DELAY_S))
 

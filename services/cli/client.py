@@ -1,0 +1,174 @@
+"""A thin client of the gateway's HTTP API, for the verbs that talk to a running cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+from collections.abc import AsyncIterator, Coroutine
+from types import TracebackType
+from typing import Any, Final, TypeVar
+from urllib.parse import quote
+
+import aiohttp
+import msgspec
+
+from shared.contracts.records import ClusterView, DeploymentRecord, DeploymentSpec
+from shared.contracts.residency import Progress
+
+T = TypeVar("T")
+
+CONNECT_S: Final = 10.0
+LINE_BYTES: Final = 4 * 2**20
+
+
+class ClientError(Exception):
+    """The call failed; the text is a sentence for a person, `code` the stable name of the error where there is one."""
+
+    def __init__(self, message: str, code: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Client:
+    """Use as an async context manager. Every method raises `ClientError`."""
+
+    def __init__(self, url: str, key: str | None = None) -> None:
+        self.url = url.rstrip("/")
+        self._key = os.environ.get("HEARTH_API_KEY", "") if key is None else key
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Client:
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S)
+        self._session = aiohttp.ClientSession(headers=headers, timeout=timeout, read_bufsize=LINE_BYTES)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    @contextlib.asynccontextmanager
+    async def _ask(
+        self, method: str, path: str, body: object = None, accept: str = "application/json"
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        assert self._session is not None, "use `async with`"
+        data = None if body is None else msgspec.json.encode(body)
+        headers = {"Accept": accept} | ({} if data is None else {"Content-Type": "application/json"})
+        try:
+            async with self._session.request(method, self.url + path, data=data, headers=headers) as response:
+                if response.status >= 400:
+                    raise _refusal(response.status, await response.text(errors="replace"))
+                yield response
+        except aiohttp.InvalidURL as error:
+            raise ClientError(f"{self.url!r} is no URL; it should look like http://127.0.0.1:8080.") from error
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            raise ClientError(f"No Hearth answers at {self.url}. Start one with: hearth up") from error
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise ClientError(f"The connection to {self.url} broke ({str(error) or type(error).__name__}).") from error
+
+    async def _decoded(self, method: str, path: str, kind: type[T] | Any) -> T:
+        async with self._ask(method, path) as response:
+            data = await response.read()
+        try:
+            answer: T = msgspec.json.decode(data, type=kind)
+        except msgspec.DecodeError as error:
+            raise ClientError(f"What answers at {self.url} is no Hearth of this version ({error}).") from error
+        return answer
+
+    async def ready(self) -> bool:
+        """Whether the gateway says that it can answer."""
+        try:
+            async with self._ask("GET", "/readyz"):
+                return True
+        except ClientError:
+            return False
+
+    async def cluster(self) -> ClusterView:
+        """What the registry says now."""
+        return await self._decoded("GET", "/v1/admin/cluster", ClusterView)
+
+    async def deploy(self, spec: DeploymentSpec) -> AsyncIterator[Progress | DeploymentRecord]:
+        """Deploy: how far it is, repeatedly, and at the end the record."""
+        async with self._ask("POST", "/v1/admin/deployments", spec, "application/x-ndjson") as response:
+            async for raw in _lines(response):
+                try:
+                    line = json.loads(raw)
+                    if "error" in line:
+                        raise ClientError(str(line["error"].get("message", line)), str(line["error"].get("code", "")))
+                    if "progress" in line:
+                        # The progress of the HTTP API carries no type tag; the contract's has one.
+                        yield msgspec.convert({"type": "progress", **line["progress"]}, Progress)
+                    elif "deployment" in line:
+                        yield msgspec.convert({"type": "deployment_record", **line["deployment"]}, DeploymentRecord)
+                        return
+                except (ValueError, TypeError, AttributeError) as error:
+                    raise ClientError(f"The gateway's answer cannot be read ({error}).") from error
+        raise ClientError("The gateway ended its answer before the deployment was ready.")
+
+    async def delete(self, name: str) -> Any:
+        """Remove a deployment; what the gateway answers."""
+        async with self._ask("DELETE", f"/v1/admin/deployments/{quote(name, safe='')}") as response:
+            data = await response.read()
+        return msgspec.json.decode(data) if data else None
+
+    async def chat(self, body: dict[str, Any]) -> AsyncIterator[tuple[str, str]]:
+        """A streamed chat completion: ("text", piece), ("comment", text), ("finish", reason)."""
+        request = {**body, "stream": True}
+        async with self._ask("POST", "/v1/chat/completions", request, "text/event-stream") as response:
+            async for raw in _lines(response):
+                line = raw.decode(errors="replace").rstrip("\r\n")
+                if line.startswith(":"):
+                    yield "comment", line[1:].strip()
+                elif line.startswith("data:"):
+                    data = line[5:].strip()
+                    if data == "[DONE]":
+                        return
+                    for item in _events(data):
+                        yield item
+        raise ClientError("The answer broke off.")
+
+
+def _events(data: str) -> list[tuple[str, str]]:
+    try:
+        event = json.loads(data)
+        if "error" in event:
+            raise ClientError(str(event["error"].get("message", event)), str(event["error"].get("code", "")))
+        found: list[tuple[str, str]] = []
+        for choice in event.get("choices", ()):
+            if text := (choice.get("delta") or {}).get("content"):
+                found.append(("text", text))
+            if reason := choice.get("finish_reason"):
+                found.append(("finish", reason))
+        return found
+    except (ValueError, AttributeError) as error:
+        raise ClientError(f"The gateway's answer cannot be read ({error}).") from error
+
+
+async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    while line := await response.content.readline():
+        if line.strip():
+            yield line
+
+
+def _refusal(status: int, text: str) -> ClientError:
+    try:
+        error = json.loads(text)["error"]
+        return ClientError(str(error["message"]), str(error.get("code") or ""))
+    except (ValueError, KeyError, TypeError):
+        return ClientError(f"The gateway answers {status}: {text.strip()[:200] or 'no reason given'}")
+
+
+def run(work: Coroutine[Any, Any, int]) -> int:
+    """Run a verb's coroutine: its exit code, 1 with a sentence after a `ClientError`, 130 after Ctrl-C."""
+    try:
+        return asyncio.run(work)
+    except ClientError as error:
+        print(f"hearth: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,158 @@
+"""`hearth ps`: servers, workers, replicas, deployments, and what is resident where."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from typing import Final
+
+import msgspec
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from services.cli.client import Client, run
+from services.cli.deploy import amount, parameters
+from services.cli.logview import size
+from shared.contracts.records import ClusterView, DeploymentRecord, ReplicaState
+
+REFRESH_S: Final = 1.0
+
+
+def tables(view: ClusterView) -> RenderableType:
+    """The whole view, readable at 100 columns."""
+    parts: list[RenderableType] = [_deployments(view), _replicas(view), _workers(view), _servers(view)]
+    return Group(*parts)
+
+
+def _table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), expand=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", header_style="dim", overflow="fold")
+    return table
+
+
+def residency(view: ClusterView, deployment: DeploymentRecord) -> str:
+    """Where a deployment's checkpoint is, fastest tier first: `DRAM server-1 (12MiB) · SSD server-1 (12MiB)`."""
+    if deployment.checkpoint is None:
+        return "nowhere yet"
+    checkpoint_id = deployment.checkpoint.checkpoint_id
+    found = []
+    for tier in ("dram", "ssd"):
+        for server in sorted(view.servers, key=lambda record: record.server_id):
+            held: dict[str, int] = getattr(server, tier)
+            if checkpoint_id in held:
+                found.append(f"{tier.upper()} {server.server_id}")
+    return " · ".join(found) or "nowhere"
+
+
+def _deployments(view: ClusterView) -> RenderableType:
+    if not view.deployments:
+        return Text("no deployments (hearth deploy NAME --source DIR|hf:ORG/NAME)\n", style="dim")
+    table = _table("deployments", "name", "state", "model", "replicas", "queue", "resident", right=("queue",))
+    for record in sorted(view.deployments, key=lambda record: record.spec.name):
+        found = record.checkpoint
+        model = f"{parameters(found.parameters)} {found.dtype}, {size(found.weight_bytes)}" if found else "not imported"
+        ready = sum(
+            1
+            for replica in view.replicas
+            if replica.deployment == record.spec.name and replica.state is ReplicaState.READY
+        )
+        depth = view.queue_depths.get(record.spec.name, 0)
+        table.add_row(
+            record.spec.name,
+            record.state.value,
+            model,
+            f"{ready} of {record.spec.min_replicas}–{record.spec.max_replicas}",
+            str(depth),
+            residency(view, record),
+        )
+    return Group(table, "")
+
+
+def _replicas(view: ClusterView) -> RenderableType:
+    if not view.replicas:
+        return Text("no replicas: nothing is loaded\n", style="dim")
+    table = _table(
+        "replicas", "replica", "deployment", "worker", "state", "running", "idle", "requests", "tokens",
+        right=("running", "idle", "requests", "tokens"),
+    )  # fmt: skip
+    for record in sorted(view.replicas, key=lambda record: (record.deployment, record.replica_id)):
+        state = record.state.value
+        if record.state is ReplicaState.LOADING and record.load is not None:
+            state = f"{record.load.phase} {amount(record.load)}".rstrip()
+        table.add_row(
+            record.replica_id,
+            record.deployment,
+            record.worker_id,
+            state,
+            f"{record.running}/{record.slots}",
+            f"{record.idle_s:.0f} s" if record.idle_s else "–",
+            str(record.finished_requests),
+            str(record.generated_tokens),
+        )
+    return Group(table, "")
+
+
+def _workers(view: ClusterView) -> RenderableType:
+    if not view.workers:
+        return Text("no workers\n", style="dim")
+    table = _table("workers", "worker", "server", "phase", "device", "memory", "replicas", right=("memory", "replicas"))
+    for record in sorted(view.workers, key=lambda record: record.worker_id):
+        count = sum(1 for replica in view.replicas if replica.worker_id == record.worker_id)
+        name = f"{record.device} ({record.device_name})" if record.device_name else record.device
+        table.add_row(
+            record.worker_id,
+            record.server_id,
+            record.phase.value,
+            name if len(name) <= 32 else name[:31] + "…",
+            f"{size(record.memory_used_bytes)}/{size(record.memory_total_bytes)}",
+            f"{count}/{record.max_replicas}",
+        )
+    return Group(table, "")
+
+
+def _servers(view: ClusterView) -> RenderableType:
+    if not view.servers:
+        return Text("no servers", style="dim")
+    table = _table(
+        "servers", "server", "phase", "DRAM", "leased", "SSD", "read", "loads",
+        right=("DRAM", "leased", "SSD", "read", "loads"),
+    )  # fmt: skip
+    for record in sorted(view.servers, key=lambda record: record.server_id):
+        table.add_row(
+            record.server_id,
+            record.phase.value,
+            f"{size(record.dram_used_bytes)}/{size(record.dram_capacity_bytes)}",
+            size(record.leased_bytes),
+            f"{size(record.ssd_used_bytes)}/{size(record.ssd_capacity_bytes)}",
+            f"{size(record.ssd_bytes_per_s)}/s" if record.ssd_bytes_per_s else "–",
+            str(record.loads),
+        )
+    return table
+
+
+def ps(options: argparse.Namespace) -> int:
+    """Run `hearth ps`."""
+
+    async def work() -> int:
+        async with Client(options.url) as client:
+            if options.watch and not options.json:
+                with Live(tables(await client.cluster()), auto_refresh=False, screen=True) as live:
+                    while True:
+                        await asyncio.sleep(REFRESH_S)
+                        live.update(tables(await client.cluster()), refresh=True)
+            while True:
+                view = await client.cluster()
+                if options.json:
+                    print(msgspec.json.encode(view).decode(), flush=True)
+                else:
+                    # Piped, rich would fold everything to 80 columns.
+                    console = Console()
+                    (console if console.is_terminal else Console(width=160)).print(tables(view))
+                if not options.watch:
+                    return 0
+                await asyncio.sleep(REFRESH_S)
+
+    return run(work())
