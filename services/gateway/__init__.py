@@ -1,0 +1,1 @@
+"""The gateway: an OpenAI request gets exactly one answer or one error."""
