@@ -310,7 +310,7 @@ class Bus:
         )
 
     async def listen(self, subject: str, handler: Callable[[str, bytes, str], None]) -> Subscription:
-        """Have `handler` called with (subject, bytes, reply subject) of everything there, as it is: for `hearth tap`."""
+        """Have `handler` called with (subject, bytes, reply subject) of all that passes, as it is: for `hearth tap`."""
 
         async def arrived(msg: Msg) -> None:
             self.guard(handler, msg.subject, msg.data, msg.reply)
