@@ -18,6 +18,7 @@ from services.gateway.buffer import CallBuffer, Piece
 from services.gateway.core import Conclude, Deliver, Fail, Inform
 from services.gateway.limits import Limits, OpenCalls
 from services.gateway.openai import (
+    REQUEST_ID_HEADER,
     ModelList,
     Rendering,
     admit,
@@ -96,7 +97,7 @@ class Completions:
         if full is not None:
             return refuse(full)
         try:
-            call_id = request["call_id"] = secrets.token_hex(12)
+            call_id = secrets.token_hex(12)
             rendering = Rendering(call, request_id=call_id, created_s=int(time.time()))
             trace = request.headers.get("traceparent", "")
             buffer = gateway.open(call, record, call_id, trace if _TRACEPARENT.fullmatch(trace) else None)
@@ -104,6 +105,10 @@ class Completions:
                 if call.stream:
                     return await self._stream(request, buffer, rendering)
                 return await self._whole(call_id, buffer, rendering)
+            except HearthError as error:
+                failed = refuse(error.failure)
+                failed.headers[REQUEST_ID_HEADER] = call_id
+                return failed
             finally:
                 gateway.close(buffer)
         finally:
@@ -129,7 +134,7 @@ class Completions:
         for piece in pieces:
             if isinstance(piece, Fail):
                 raise HearthError.of(piece.failure)
-        response = web.StreamResponse(headers=_STREAM_HEADERS)
+        response = web.StreamResponse(headers={**_STREAM_HEADERS, REQUEST_ID_HEADER: buffer.call_id})
         writer = _Writer(request, response, buffer)
         try:
             await response.prepare(request)

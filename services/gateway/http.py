@@ -12,6 +12,7 @@ from prometheus_client import Counter
 
 from services.gateway import admin, completions
 from services.gateway.answers import refuse
+from services.gateway.openai import REQUEST_ID_HEADER
 from services.gateway.service import Gateway
 from shared import metrics
 from shared.errors import Code, Failure, HearthError
@@ -107,10 +108,8 @@ class Shared:
 
 async def _stamp(request: web.Request, response: web.StreamResponse) -> None:
     given = request.headers.get("x-request-id", "")
-    call_id = request.get("call_id")
+    call_id = response.headers.get(REQUEST_ID_HEADER)
     if _REQUEST_ID.fullmatch(given):
         response.headers["x-request-id"] = given
     elif call_id is not None:
         response.headers["x-request-id"] = call_id
-    if call_id is not None:
-        response.headers["x-hearth-request-id"] = call_id

@@ -25,6 +25,7 @@ from shared.contracts.requests import ChatMessage, ChatPrompt, Prompt, Sampling,
 from shared.errors import Code, Failure, HearthError
 
 Json = Any
+REQUEST_ID_HEADER: Final = "x-hearth-request-id"
 B = TypeVar("B")
 W = TypeVar("W", bound=msgspec.Struct)
 
@@ -861,7 +862,7 @@ def ledger_headers(request_id: str, ledger: Ledger) -> dict[str, str]:
         "decode": ledger.decode_s,
     }
     headers = {f"x-hearth-{name}-ms": f"{1000 * seconds:.1f}" for name, seconds in times.items()}
-    headers["x-hearth-request-id"] = request_id
+    headers[REQUEST_ID_HEADER] = request_id
     headers["x-hearth-cold"] = "true" if ledger.cold else "false"
     headers["x-hearth-tier"] = ledger.tier
     return headers
