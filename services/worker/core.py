@@ -32,7 +32,7 @@ BUDGET_GRACE_S: Final = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What this worker may do, from its settings and its device."""
+    """What this worker may do, from its settings and its device. `engine` is "" unless its operator insists on one."""
 
     worker_id: str
     server_id: str
@@ -43,6 +43,7 @@ class Limits:
     ack_wait_s: float
     max_deliveries: int
     drain_s: float
+    engine: str = ""
 
 
 class RunState(enum.Enum):
@@ -216,6 +217,7 @@ class WorkerCore:
             worker_id=self.limits.worker_id,
             server_id=self.limits.server_id,
             reserved_bytes=self._needed_bytes(message),
+            engine=self.limits.engine or message.engine or "auto",
             now=now,
         )
         self.replicas[replica.id] = replica

@@ -364,6 +364,7 @@ class Attach:
 
     message: LoadReplica
     lease: Lease
+    engine: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,6 +99,7 @@ class Generation:
             self.push(token_id)
         if so_far:  # delivered already, the echo with the first of them
             self._token_ids, self._text = [], ""
+            self.index = len(so_far)  # all of them, even if an earlier owner's limit was larger than ours
         self.resumed_tokens: Final = len(so_far)
 
     def push(self, token_id: int, logprobs: PositionLogprobs | None = None) -> None:

@@ -40,7 +40,7 @@ class Replica:
     """A model on its way into this worker, in it, or on its way out. `reserved_bytes` is what it may take of memory."""
 
     def __init__(
-        self, message: LoadReplica, *, worker_id: str, server_id: str, reserved_bytes: int, now: float
+        self, message: LoadReplica, *, worker_id: str, server_id: str, reserved_bytes: int, engine: str, now: float
     ) -> None:
         self.message: Final = message
         self.id: Final = message.replica_id
@@ -60,6 +60,7 @@ class Replica:
         self.retry_at: float | None = None
         self.in_flight: dict[str, None] = {}
         self.progress = Progress(phase="queued")
+        self._engine: Final = engine
         self._worker_id: Final = worker_id
         self._server_id: Final = server_id
         self._attach_from = now
@@ -100,7 +101,7 @@ class Replica:
                     self._flying("attach")
                     told = LoadProgress(deployment=self.message.slug, server_id=self._server_id, progress=self.progress)
                     return [
-                        Attach(self.message, answer),
+                        Attach(self.message, answer, self._engine),
                         PublishProgress(self.message.slug, told),
                         RecordReplica(self.id),
                     ]

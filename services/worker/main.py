@@ -1,0 +1,82 @@
+"""The worker's wiring: settings → log → clients → the heavy imports, on a thread → subscriptions → ready."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+from services.worker.core import Limits, WorkerCore
+from services.worker.ports import DeviceFacts, Loader
+from services.worker.service import Leases, NoLeases, StoreLeases, WorkerShell
+from shared.lifecycle import Context, run
+from shared.settings import WorkerSettings
+
+# The engine's thread and the event loop share the interpreter: a loop that has a token to send waits for at most this
+# long (CPython's default is 5 ms) until a computing thread lets go.
+SWITCH_INTERVAL_S: Final = 0.001
+DRAM_SHARE: Final = 1 / 8
+DEVICE_SHARE: Final = 0.9
+
+
+def warm_loader(settings: WorkerSettings) -> Loader:
+    """The loader that the settings ask for, warmed up. Blocks for as long as importing torch takes."""
+    loader: Loader
+    if settings.engine == "null":
+        from services.worker.null_engine import NullLoader
+
+        loader = NullLoader()
+    else:
+        from services.worker.loader import TorchLoader
+
+        loader = TorchLoader(device=settings.device, torch_threads=settings.torch_threads)
+    loader.warm_up()
+    return loader
+
+
+def memory_total_bytes(settings: WorkerSettings, device: DeviceFacts) -> int:
+    """What replicas may take of the device."""
+    if settings.worker_memory_bytes:
+        return settings.worker_memory_bytes
+    if device.device == "cpu":
+        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * DRAM_SHARE)
+    return int(device.memory_bytes * DEVICE_SHARE)
+
+
+async def serve(context: Context[WorkerSettings]) -> None:
+    """A worker's whole service, from warming up to drained."""
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    settings = context.settings
+    threads = ThreadPoolExecutor(1, thread_name_prefix="warm-up")
+    loop = asyncio.get_running_loop()
+    try:
+        loader = await loop.run_in_executor(threads, warm_loader, settings)
+        device = loader.device
+        limits = Limits(
+            worker_id=context.id,
+            server_id=settings.server_id,
+            memory_total_bytes=memory_total_bytes(settings, device),
+            weights_on_device=device.device != "cpu",
+            max_replicas=settings.worker_max_replicas,
+            lease_ttl_s=settings.lease_ttl_s,
+            ack_wait_s=settings.ack_wait_s,
+            max_deliveries=settings.max_deliveries,
+            drain_s=settings.drain_s,
+            engine="" if settings.engine in ("auto", "null") else settings.engine,
+        )
+        leases: Leases = NoLeases() if settings.engine == "null" else StoreLeases(context)
+        await WorkerShell(context, WorkerCore(limits), loader=loader, leases=leases, device=device).serve()
+        await loop.run_in_executor(threads, loader.close)
+    finally:
+        threads.shutdown(wait=False)
+
+
+def main() -> int:
+    """`hearth worker`; its exit code."""
+    return run("worker", WorkerSettings, serve)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

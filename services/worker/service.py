@@ -1,0 +1,411 @@
+"""The worker's shell: messages into events, actions into effects. It decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, Protocol, TypeVar, assert_never
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from services.worker import events as e
+from services.worker.core import WorkerCore
+from services.worker.generation import encode
+from services.worker.ports import DeviceFacts, EngineEvent, Loader
+from shared.bus import Delivery, Reply
+from shared.contracts.placement import LoadReplica, StopReplica
+from shared.contracts.records import Phase, ReplicaRecord, ReplicaState, WorkerRecord
+from shared.contracts.requests import Cancel, ChatPrompt, Request, TextPrompt, TokensPrompt
+from shared.contracts.residency import Acquire, Checkpoint, Done, Lease, Progress, Release, Renew, Renewed
+from shared.driver import Driver
+from shared.errors import Failure, HearthError
+from shared.lifecycle import Context, Heartbeat
+from shared.metrics import LATENCY_BUCKETS_S
+from shared.settings import WorkerSettings
+from shared.subjects import ACQUIRE, CANCEL, CLAIM, FRAMES, LOAD, LOAD_PROGRESS, RELEASE, RENEW, REPLICA_FAILED, STOP
+
+T = TypeVar("T")
+
+POLL_S: Final = 1.0
+# Characters (or ids) that are tokenised between two other events of the loop (≈ 1 ms); longer prompts go to a thread.
+INLINE_PROMPT_CHARACTERS: Final = 4096
+LOAD_THREADS: Final = 4
+
+REQUESTS_RUNNING: Final = Gauge("hearth_worker_requests_running", "requests in this worker")
+SLOTS: Final = Gauge("hearth_worker_slots", "requests that the ready replicas can run at once")
+REPLICAS: Final = Gauge("hearth_worker_replicas", "replicas by state", ["state"])
+REQUESTS: Final = Counter("hearth_worker_requests_total", "requests that this worker is done with", ["outcome"])
+TOKENS: Final = Counter("hearth_worker_tokens_total", "output tokens, by what has ended", ["deployment"])
+PREFILL_S: Final = Histogram("hearth_worker_prefill_seconds", "claim to first token", buckets=LATENCY_BUCKETS_S)
+DECODE_S: Final = Histogram("hearth_worker_decode_seconds", "first to last token", buckets=LATENCY_BUCKETS_S)
+LOAD_S: Final = Histogram("hearth_worker_load_seconds", "command to ready", ["tier"], buckets=LATENCY_BUCKETS_S)
+LOAD_BYTES: Final = Counter("hearth_worker_load_bytes_total", "weights attached", ["tier"])
+LOADS_FAILED: Final = Counter("hearth_worker_loads_failed_total", "replicas that failed", ["code"])
+
+
+class Leases(Protocol):
+    """Where checkpoints come from. The calls raise HearthError."""
+
+    async def acquire(self, message: LoadReplica) -> Progress | Lease:
+        """One long poll for the lease of a replica."""
+
+    async def renew(self, lease_ids: tuple[str, ...]) -> Renewed:
+        """Keep these leases."""
+
+    def release(self, message: Release) -> None:
+        """Give one back."""
+
+
+class StoreLeases:
+    """Leases of this server's store."""
+
+    def __init__(self, context: Context[WorkerSettings]) -> None:
+        self._context = context
+        self._server_id = context.settings.server_id
+        self._ttl_s = context.settings.lease_ttl_s
+
+    async def acquire(self, message: LoadReplica) -> Progress | Lease:
+        """See `Leases`."""
+        asked = Acquire(
+            checkpoint_id=message.checkpoint_id,
+            source=message.source,
+            holder=self._context.id,
+            ttl_s=self._ttl_s,
+            deployment=message.slug,
+            wait_s=POLL_S,
+        )
+        return await self._context.bus.call(ACQUIRE, asked, server_id=self._server_id, extra_s=POLL_S)
+
+    async def renew(self, lease_ids: tuple[str, ...]) -> Renewed:
+        """See `Leases`."""
+        asked = Renew(holder=self._context.id, lease_ids=lease_ids, ttl_s=self._ttl_s)
+        return await self._context.bus.call(RENEW, asked, server_id=self._server_id)
+
+    def release(self, message: Release) -> None:
+        """See `Leases`."""
+        self._context.bus.publish(RELEASE, message, server_id=self._server_id)
+
+
+class NoLeases:
+    """For the engine that costs nothing and has no bytes: every lease is granted at once."""
+
+    async def acquire(self, message: LoadReplica) -> Progress | Lease:
+        """See `Leases`."""
+        nothing = Checkpoint(
+            checkpoint_id=message.checkpoint_id,
+            architecture="null",
+            weight_bytes=0,
+            parameters=0,
+            dtype="float32",
+            max_context_tokens=message.max_context_tokens,
+            kv_bytes_per_token=0,
+            vocab_tokens=0,
+            has_chat_template=True,
+        )
+        return Lease(
+            lease_id=message.replica_id,
+            checkpoint=message.checkpoint or nothing,
+            segment="",
+            segment_bytes=0,
+            extents=(),
+            directory="",
+            tier="dram",
+        )
+
+    async def renew(self, lease_ids: tuple[str, ...]) -> Renewed:
+        """See `Leases`."""
+        return Renewed()
+
+    def release(self, message: Release) -> None:
+        """See `Leases`."""
+
+
+class WorkerShell:
+    """Carries out what the core wants. `loader` and `leases` are the wiring's choice."""
+
+    def __init__(
+        self,
+        context: Context[WorkerSettings],
+        core: WorkerCore,
+        *,
+        loader: Loader,
+        leases: Leases,
+        device: DeviceFacts,
+        check: bool = False,
+    ) -> None:
+        self.core = core
+        self.driver: Driver[e.Event, e.Action] = Driver(core, tell=self._tell, do=self._do, long=e.LONG, check=check)
+        self.drained = asyncio.Event()
+        self._context = context
+        self._loader = loader
+        self._leases = leases
+        self._device = device
+        self._beats: dict[str, Heartbeat] = {}
+        # Loads are few and long, prompts many and short: neither may wait for the other.
+        self._load_threads = ThreadPoolExecutor(LOAD_THREADS, thread_name_prefix="load")
+        self._prompt_threads = ThreadPoolExecutor(1, thread_name_prefix="prompt")
+        self._own_beat: Heartbeat | None = None
+
+    async def serve(self) -> None:
+        """Listen, say that the worker is ready, and work until the context is stopping; then drain."""
+        context, bus, id = self._context, self._context.bus, self._context.id
+        self._own_beat = context.heartbeat(self._worker_record)
+        context.tasks.create_task(self.driver.run(), name="driver")
+        try:
+            await bus.serve(LOAD, self._load_asked, worker_id=id)
+            await bus.serve(STOP, self._stop_asked, worker_id=id)
+            await bus.subscribe(CANCEL, self._cancel_arrived, worker_id=id)
+            await bus.flush()
+            await context.ready()
+            await context.stopping.wait()
+            await context.drain()
+            self.driver.post(e.DrainAsked())
+            await self.drained.wait()
+            await bus.flush()
+        finally:
+            self._load_threads.shutdown(wait=False, cancel_futures=True)
+            self._prompt_threads.shutdown(wait=False, cancel_futures=True)
+
+    # -- messages → events
+
+    def _load_asked(self, message: LoadReplica, reply: Reply[Done]) -> None:
+        self.driver.post(e.LoadAsked(message, reply))
+
+    def _stop_asked(self, message: StopReplica, reply: Reply[Done]) -> None:
+        self.driver.post(e.StopAsked(message, reply))
+
+    def _cancel_arrived(self, message: Cancel) -> None:
+        self.driver.post(e.CancelArrived(message))
+
+    # -- actions → effects
+
+    def _tell(self, action: e.Action) -> None:
+        bus = self._context.bus
+        match action:
+            case e.PublishFrames():
+                bus.publish(FRAMES, action.batch, gateway_id=action.gateway_id)
+            case e.SubmitSequence():
+                action.engine.submit(
+                    action.sequence_id,
+                    action.token_ids,
+                    first_index=action.first_index,
+                    max_new_tokens=action.max_new_tokens,
+                    sampling=action.sampling,
+                )
+            case e.CancelSequence():
+                action.engine.cancel(action.sequence_id)
+            case e.Ack():
+                bus.ack(action.token)
+            case e.Nak():
+                bus.nak(action.token)
+            case e.InProgress():
+                for token in action.tokens:
+                    bus.in_progress(token)
+            case e.Want():
+                action.puller.want(action.requests)
+            case e.RequestFinished():
+                self._finished(action)
+            case e.ReplyTo():
+                action.reply(action.answer)
+            case e.RecordReplica():
+                self._record(action.replica_id)
+            case e.RecordWorker():
+                if self._own_beat is not None:
+                    self._own_beat.touch()
+            case e.PublishProgress():
+                bus.publish(LOAD_PROGRESS, action.message, slug=action.slug)
+            case e.PublishFailed():
+                self._failed(action)
+            case e.ReleaseLease():
+                self._leases.release(action.message)
+            case e.LoadFinished():
+                self._loaded(action)
+            case e.Drained():
+                self.drained.set()
+            case (
+                e.AcquireLease()
+                | e.RenewLeases()
+                | e.Attach()
+                | e.Detach()
+                | e.OpenPuller()
+                | e.ClosePuller()
+                | e.ClaimRequest()
+                | e.Tokenise()
+                | e.RemoveRecord()
+            ):
+                raise TypeError(f"{type(action).__name__} is no action to tell")
+            case _:
+                assert_never(action)
+
+    async def _do(self, action: e.Action) -> e.Event | None:
+        match action:
+            case e.ClaimRequest():
+                return await self._claim(action)
+            case e.Tokenise():
+                return await self._tokenise(action)
+            case e.AcquireLease():
+                return await self._acquire(action)
+            case e.RenewLeases():
+                return await self._renew(action)
+            case e.Attach():
+                return await self._attach(action)
+            case e.Detach():
+                await self._on(self._load_threads, action.loaded.close)
+                return e.Detached(action.replica_id)
+            case e.OpenPuller():
+                return await self._open(action)
+            case e.ClosePuller():
+                await action.puller.close()
+                return e.PullerClosed(action.replica_id)
+            case e.RemoveRecord():
+                await self._beats.pop(action.replica_id).end()
+                return e.RecordRemoved(action.replica_id)
+            case _:
+                raise TypeError(f"{type(action).__name__} is no action to do")
+
+    async def _claim(self, action: e.ClaimRequest) -> e.Event:
+        try:
+            answer = await self._context.bus.call(CLAIM, action.message, gateway_id=action.gateway_id)
+        except HearthError as error:
+            return e.ClaimAnswered(action.token, error.failure)
+        return e.ClaimAnswered(action.token, answer)
+
+    async def _tokenise(self, action: e.Tokenise) -> e.Event:
+        try:
+            if prompt_size(action.request) <= INLINE_PROMPT_CHARACTERS:
+                token_ids, echo_text = encode(action.request, action.tokenizer)
+            else:
+                token_ids, echo_text = await self._on(
+                    self._prompt_threads, lambda: encode(action.request, action.tokenizer)
+                )
+        except HearthError as error:
+            return e.TokeniseFailed(action.token, error.failure)
+        return e.Tokenised(action.token, token_ids, echo_text)
+
+    async def _acquire(self, action: e.AcquireLease) -> e.Event:
+        answer: Progress | Lease | Failure
+        try:
+            answer = await self._leases.acquire(action.message)
+        except HearthError as error:
+            answer = error.failure
+        return e.LeaseAnswered(action.message.replica_id, answer)
+
+    async def _renew(self, action: e.RenewLeases) -> e.Event:
+        try:
+            return e.LeasesRenewed(await self._leases.renew(action.lease_ids))
+        except HearthError as error:
+            self._context.log.warning("leases.unrenewed", error=error.failure.message)
+            return e.LeasesRenewed(error.failure)
+
+    async def _attach(self, action: e.Attach) -> e.Event:
+        message, driver, id = action.message, self.driver, action.message.replica_id
+
+        def stepped(events: Sequence[EngineEvent]) -> None:
+            driver.post_threadsafe(e.EngineStepped(id, events))
+
+        try:
+            loaded = await self._on(
+                self._load_threads,
+                lambda: self._loader.load(
+                    action.lease,
+                    kv_bytes=message.kv_bytes,
+                    slots=message.slots,
+                    max_context_tokens=message.max_context_tokens,
+                    sink=stepped,
+                    engine=action.engine,
+                ),
+            )
+        except HearthError as error:
+            return e.AttachFailed(id, error.failure)
+        return e.Attached(id, loaded)
+
+    async def _open(self, action: e.OpenPuller) -> e.Event:
+        id, driver = action.replica_id, self.driver
+
+        def arrived(delivery: Delivery) -> None:
+            driver.post(e.DeliveryArrived(id, delivery.request, delivery.token, delivery.delivery))
+
+        try:
+            return e.PullerOpened(id, await self._context.bus.pull(action.slug, arrived))
+        except HearthError as error:
+            return e.PullerFailed(id, error.failure)
+
+    async def _on(self, threads: ThreadPoolExecutor, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(threads, call)
+
+    # -- records, logs, metrics
+
+    def _record(self, replica_id: str) -> None:
+        beat = self._beats.get(replica_id)
+        if beat is not None:
+            beat.touch()
+            return
+
+        def make(phase: Phase) -> ReplicaRecord:
+            return self.core.record(replica_id, time.monotonic())
+
+        self._beats[replica_id] = self._context.heartbeat(make)
+
+    def _worker_record(self, phase: Phase) -> WorkerRecord:
+        core, settings = self.core, self._context.settings
+        REQUESTS_RUNNING.set(len(core.runs))
+        SLOTS.set(core.slots)
+        for state in ReplicaState:
+            REPLICAS.labels(state.value).set(core.count(state))
+        return WorkerRecord(
+            worker_id=self._context.id,
+            server_id=settings.server_id,
+            phase=phase,
+            pid=os.getpid(),
+            device=self._device.device,
+            device_name=self._device.device_name,
+            memory_total_bytes=core.limits.memory_total_bytes,
+            memory_used_bytes=core.memory_used_bytes,
+            max_replicas=core.limits.max_replicas,
+        )
+
+    def _finished(self, action: e.RequestFinished) -> None:
+        REQUESTS.labels(action.outcome).inc()
+        new_tokens = action.completion_tokens - action.resumed_tokens
+        if new_tokens > 0:
+            TOKENS.labels(action.deployment).inc(new_tokens)
+            PREFILL_S.observe(action.prefill_s)
+            DECODE_S.observe(action.decode_s)
+        self._context.log.info("request.finished", **_facts(action))
+
+    def _loaded(self, action: e.LoadFinished) -> None:
+        LOAD_S.labels(action.tier).observe(action.total_s)
+        LOAD_BYTES.labels(action.tier).inc(action.weight_bytes)
+        self._context.event("replica.loaded", **_facts(action))
+
+    def _failed(self, action: e.PublishFailed) -> None:
+        message = action.message
+        LOADS_FAILED.labels(message.failure.code.value).inc()
+        self._context.bus.publish(REPLICA_FAILED, message)
+        self._context.event(
+            "replica.failed",
+            replica_id=message.replica_id,
+            deployment=message.deployment,
+            code=message.failure.code.value,
+            message=message.failure.message,
+        )
+
+
+def prompt_size(request: Request) -> int:
+    """Characters (or token ids) of a prompt: how long tokenising may take."""
+    match request.prompt:
+        case TextPrompt(text=text):
+            return len(text)
+        case ChatPrompt(messages=messages):
+            return sum(len(message.content) for message in messages)
+        case TokensPrompt(token_ids=token_ids):
+            return len(token_ids)
+    assert_never(request.prompt)
+
+
+def _facts(action: e.RequestFinished | e.LoadFinished) -> dict[str, Any]:
+    values = {name: getattr(action, name) for name in action.__slots__}
+    return {name: round(value, 6) if isinstance(value, float) else value for name, value in values.items()}
