@@ -1,4 +1,4 @@
-"""The thread of an engine: takes submissions and cancellations, steps while there is work, sleeps on a condition when not.
+"""The thread of an engine: takes submissions and cancellations, steps while there is work, else sleeps.
 
 Pure Python: what a step is, a `Stepper` says (continuous batching, one sequence at a time, or nothing at all). This
 module owns everything that all of them must get right: no polling, every submission ends exactly once, a crash fails
@@ -69,7 +69,12 @@ class ThreadedEngine:
     """An `Engine` (see `services/worker/ports.py`) made of a stepper and a thread."""
 
     def __init__(
-        self, stepper: Stepper, sink: Sink, *, failure_of: Callable[[BaseException], Failure] | None = None, name: str = "engine"
+        self,
+        stepper: Stepper,
+        sink: Sink,
+        *,
+        failure_of: Callable[[BaseException], Failure] | None = None,
+        name: str = "engine",
     ) -> None:
         self._stepper: Stepper | None = stepper
         self._name, self._slots, self._max_sequence_tokens = stepper.name, stepper.slots, stepper.max_sequence_tokens
@@ -113,7 +118,8 @@ class ThreadedEngine:
                 first_index=first_index,
                 max_new_tokens=min(max_new_tokens, room),
                 sampling=sampling,
-                stop_token_ids=frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos_token_ids),
+                stop_token_ids=frozenset(sampling.stop_token_ids)
+                | (frozenset() if sampling.ignore_eos else self._eos_token_ids),
             )
             with self._changed:
                 if self._dead is not None:
@@ -149,15 +155,19 @@ class ThreadedEngine:
         self, token_ids: Sequence[int], first_index: int, max_new_tokens: int, room: int, sampling: Sampling
     ) -> Failure | None:
         if not token_ids or not 0 <= first_index <= len(token_ids) or max_new_tokens < 1:
-            return Failure(code=Code.INVALID_REQUEST, message="A sequence needs at least one token, and room for one more.")
+            return Failure(
+                code=Code.INVALID_REQUEST, message="A sequence needs at least one token, and room for one more."
+            )
         if room < 1:
             return Failure(
                 code=Code.PROMPT_TOO_LONG,
-                message=f"{len(token_ids)} tokens leave no room for an answer: at most {self._max_sequence_tokens} fit.",
+                message=f"{len(token_ids)} tokens leave no room: at most {self._max_sequence_tokens} fit.",
             )
         vocab = self._vocab_tokens
         if min(token_ids) < 0 or max(token_ids) >= vocab:
-            return Failure(code=Code.INVALID_REQUEST, message=f"A token id is outside the vocabulary of {vocab} tokens.")
+            return Failure(
+                code=Code.INVALID_REQUEST, message=f"A token id is outside the vocabulary of {vocab} tokens."
+            )
         if sampling.logit_bias and not all(0 <= token_id < vocab for token_id in sampling.logit_bias):
             return Failure(
                 code=Code.INVALID_REQUEST,

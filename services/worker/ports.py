@@ -1,4 +1,4 @@
-"""What the worker's cores and shell know about engines, tokenizers and loaders: small protocols and the engine's events.
+"""What the worker's cores and shell know about engines, tokenizers and loaders: protocols and the engine's events.
 
 Pure: no torch here. `services/worker/engine.py`, `loader.py` and `tokenizer.py` implement these for real models,
 `services/worker/null_engine.py` for measuring the control plane.
@@ -116,7 +116,7 @@ class Engine(Protocol):
         """
 
     def cancel(self, sequence_id: str) -> None:
-        """Stop a sequence within one step: `SequenceEnd` (CANCELLED). Ids that are unknown or at their end are ignored."""
+        """Stop a sequence within one step: `SequenceEnd` (CANCELLED). Unknown and ended ids are ignored."""
 
     def close(self) -> None:
         """Stop the thread, free KV cache and parameters. Live sequences end CANCELLED. Blocks for at most one step."""
@@ -162,7 +162,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AttachTimes:
-    """Where the seconds of an attach went. `parameters_s` holds views (CPU) or copies (CUDA); the parts add up to `total_s`."""
+    """Where the seconds of an attach went. `parameters_s`: views (CPU) or copies (CUDA); `total_s` is the sum."""
 
     manifest_s: float = 0.0
     skeleton_s: float = 0.0
@@ -187,7 +187,7 @@ class Loaded(Protocol):
 
     @property
     def memory_bytes(self) -> int:
-        """Device memory that this replica takes: KV cache, buffers, and on CUDA the parameters (on the CPU they are the store's)."""
+        """Device memory of this replica: KV cache, buffers, on CUDA the parameters (on the CPU they are the store's)."""
 
     @property
     def times(self) -> AttachTimes: ...
@@ -232,10 +232,10 @@ class Loader(Protocol):
         """Attach a checkpoint and start its engine; thread-safe.
 
         `kv_bytes` bounds the KV cache, `slots` the sequences in one step, `max_context_tokens` the tokens of one
-        sequence (None: the model's own limit). `engine` is `auto`, `batching` or `sequential`; `auto` finds out whether
-        the architecture can be batched. Raises HearthError: UNSUPPORTED (architecture), CHECKPOINT_CORRUPT (the manifest
-        and the model do not agree), CHECKPOINT_UNAVAILABLE (segment or directory cannot be read), OUT_OF_MEMORY (`kv_bytes`
-        is too small for a single block, or the device is full).
+        sequence (None: the model's own limit). `engine` is `auto`, `batching` or `sequential`; `auto` finds out
+        whether the architecture can be batched. Raises HearthError: UNSUPPORTED (architecture), CHECKPOINT_CORRUPT
+        (the manifest and the model do not agree), CHECKPOINT_UNAVAILABLE (segment or directory cannot be read),
+        OUT_OF_MEMORY (`kv_bytes` is too small for a single block, or the device is full).
         """
 
     def close(self) -> None:

@@ -2,9 +2,9 @@
 
 A token is `argmax(score / temperature + g)` over the tokens that pass top-k, top-p and min-p, where g is Gumbel noise
 (the Gumbel-max trick: Gumbel, *Statistical theory of extreme values*, 1954; see also Maddison, Tarlow, Minka, *A\\*
-Sampling*, 2014). The noise is *counter-based* (the idea of Salmon et al., *Parallel random numbers: as easy as 1, 2, 3*,
-2011): a pure function of (seed, index of the token, token id), computed with integer operations that are the same on
-every device, so the stream does not depend on the batch, the worker or the past of a generator, and a request that
+Sampling*, 2014). The noise is *counter-based* (the idea of Salmon et al., *Parallel random numbers: as easy as 1, 2,
+3*, 2011): a pure function of (seed, index of the token, token id), computed with integer operations that are the same
+on every device, so the stream does not depend on the batch, the worker or the past of a generator, and a request that
 moves goes on exactly as it would have.
 
 The key of (seed, index) is SplitMix64 (Steele, Lea, Flood, *Fast splittable pseudorandom number generators*, 2014), the
@@ -28,7 +28,9 @@ from services.worker.ports import PositionLogprobs
 from shared.contracts.requests import Sampling
 
 GREEDY_TEMPERATURE: Final = 1e-5  # below this the scores would overflow, and the result is the argmax anyway
-FIRST_CANDIDATES: Final = 256  # how many of the best tokens a filter looks at first; four times as many until it is enough
+FIRST_CANDIDATES: Final = (
+    256  # how many of the best tokens a filter looks at first; four times as many until it is enough
+)
 NOISE_ELEMENTS: Final = 1 << 17  # how many noise values are computed at a time: what fits a CPU's cache
 
 _MASK64: Final = (1 << 64) - 1
@@ -78,7 +80,9 @@ class SamplingRow:
         if sampling.repetition_penalty != 1.0 and self._seen:
             ids = torch.tensor(sorted(self._seen), device=scores.device)
             values = scores[ids]
-            scores[ids] = torch.where(values < 0, values * sampling.repetition_penalty, values / sampling.repetition_penalty)
+            scores[ids] = torch.where(
+                values < 0, values * sampling.repetition_penalty, values / sampling.repetition_penalty
+            )
         if (sampling.presence_penalty or sampling.frequency_penalty) and self._counts:
             ids = torch.tensor(list(self._counts), device=scores.device)
             counts = torch.tensor(list(self._counts.values()), dtype=scores.dtype, device=scores.device)
@@ -173,7 +177,9 @@ def _choose_filtered(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> torch
     scores = scores / _temperatures(rows, scores)
     tokens = torch.zeros(len(rows), dtype=torch.int64, device=scores.device)
     open_rows = list(range(len(rows)))
-    candidates = min(vocab, max([FIRST_CANDIDATES, *(2 * row.sampling.top_k for row in rows if row.sampling.top_k < vocab)]))
+    candidates = min(
+        vocab, max([FIRST_CANDIDATES, *(2 * row.sampling.top_k for row in rows if row.sampling.top_k < vocab)])
+    )
     while open_rows:
         part = _select(scores, open_rows)
         these = [rows[position] for position in open_rows]

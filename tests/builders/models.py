@@ -36,7 +36,12 @@ def make_config(
     """The config of a small model: "llama", "qwen2", "qwen3", "opt", "gpt2", "mistral", "gemma2", "falcon", …"""
     from transformers import AutoConfig
 
-    common: dict[str, Any] = {"vocab_size": vocab, "eos_token_id": eos_token_id, "bos_token_id": eos_token_id, "tie_word_embeddings": tie}
+    common: dict[str, Any] = {
+        "vocab_size": vocab,
+        "eos_token_id": eos_token_id,
+        "bos_token_id": eos_token_id,
+        "tie_word_embeddings": tie,
+    }
     match architecture:
         case "opt":
             return AutoConfig.for_model(
@@ -44,7 +49,9 @@ def make_config(
                 max_position_embeddings=context, word_embed_proj_dim=hidden, pad_token_id=1, **common,
             )  # fmt: skip
         case "gpt2":
-            return AutoConfig.for_model("gpt2", n_embd=hidden, n_layer=layers, n_head=heads, n_positions=context, **common)
+            return AutoConfig.for_model(
+                "gpt2", n_embd=hidden, n_layer=layers, n_head=heads, n_positions=context, **common
+            )
         case "falcon":
             return AutoConfig.for_model(
                 "falcon", hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, **common
@@ -52,13 +59,16 @@ def make_config(
         case _:
             extra = {"head_dim": hidden // heads} if architecture in {"qwen3", "gemma2", "gemma"} else {}
             return AutoConfig.for_model(
-                architecture, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, pad_token_id=1,
-                num_attention_heads=heads, num_key_value_heads=heads // 2, max_position_embeddings=context, **extra, **common,
+                architecture, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+                num_attention_heads=heads, num_key_value_heads=heads // 2, max_position_embeddings=context,
+                pad_token_id=1, **extra, **common,
             )  # fmt: skip
 
 
-def make_tokenizer(directory: Path, *, vocab: int = 512, chat_template: bool = True, context: int = 512) -> Path:
-    """A byte-level BPE of at most `vocab` tokens; EOS `<|end|>` has id 0. Returns the directory."""
+def make_tokenizer(
+    directory: Path, *, vocab: int = 512, chat_template: bool = True, context: int = 512, eos: bool = True
+) -> Path:
+    """A byte-level BPE of at most `vocab` tokens; `<|end|>` (EOS if `eos`) has id 0. Returns the directory."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -66,17 +76,21 @@ def make_tokenizer(directory: Path, *, vocab: int = 512, chat_template: bool = T
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=_SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab,
+        special_tokens=_SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(_CORPUS, trainer)
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": EOS,
         "pad_token": "<|pad|>",
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,
     }
+    if eos:
+        config["eos_token"] = EOS
     if chat_template:
         config["chat_template"] = CHAT_TEMPLATE
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
@@ -121,6 +135,6 @@ def make_model(
     model.generation_config.do_sample = False
     model.generation_config.eos_token_id = 0 if eos else None
     model.generation_config.pad_token_id = 1
-    make_tokenizer(directory, vocab=vocab, chat_template=chat_template, context=context)
+    make_tokenizer(directory, vocab=vocab, chat_template=chat_template, context=context, eos=eos)
     model.save_pretrained(directory)
     return directory
