@@ -1,4 +1,4 @@
-"""How much memory a replica needs: one rule for the scheduler, which plans by it, and the worker, which allocates by it.
+"""How much memory a replica needs: one rule for the scheduler, which plans by it, and the worker, which obeys it.
 
 Pure.
 """

@@ -230,7 +230,12 @@ class Core:
             case LoadRefused():
                 load = self.cluster.loads.pop(event.replica_id, None)
                 if load is not None:
-                    self._blame(load.replica_id, load.deployment, load.server_id, event.failure, now, out)
+                    failure = event.failure
+                    if (
+                        failure.code is Code.OUT_OF_MEMORY
+                    ):  # refused at the door: the picture was old, not the model large
+                        failure = Failure(code=Code.NO_CAPACITY, message=failure.message)
+                    self._blame(load.replica_id, load.deployment, load.server_id, failure, now, out)
             case StopAccepted():
                 return False  # its record will go
             case StopRefused():
@@ -370,7 +375,7 @@ class Core:
     def _blame(
         self, replica_id: str, name: str, server_id: str, failure: Failure, now: float, out: list[Action]
     ) -> None:
-        """A load failed: remember where and how. Several signs of one failure count once; the worker's own word wins."""
+        """A load failed: remember where and how. Signs of one failure count once; the worker's own word wins."""
         record = self.cluster.deployments.get(name)
         if record is None:
             return
@@ -706,14 +711,13 @@ class Core:
                 self._wake = min(self._wake, due)
 
     def _despair(self, name: str, need: Need, now: float, out: list[Action]) -> None:
-        """No server is large enough, even empty: after a while its requests fail instead of waiting for a larger one."""
+        """No server is large enough, even empty: after a while its requests fail instead of waiting for one that is."""
         due = self._wanting_since.get(name, now) + self.rules.patience_s
         if due > now:
             self._wake = min(self._wake, due)
             return
-        failure = policy.too_large(need, self.cluster) or Failure(
-            code=Code.NO_CAPACITY, message="No server is large enough."
-        )
+        other = Failure(code=Code.NO_CAPACITY, message="No server is large enough.")
+        failure = policy.too_large(need, self.cluster) or other
         trouble = self._troubles.setdefault(name, Trouble(failure))
         trouble.failure, trouble.hopeless = failure, True
         trouble.until = now + self.rules.most_backoff_s

@@ -1,8 +1,8 @@
 """Where a replica shall go: candidates → filters → scores → decision with reasons. Pure.
 
 Every worker is a candidate and gets a reason, chosen or not: a decision that cannot be explained is a bug that cannot
-be found. Scores: the fastest tier in which the server has the checkpoint, then fewer loads under way on the server, fewer
-replicas on the worker, more free memory, ids.
+be found. Scores: the fastest tier in which the server has the checkpoint, then fewer loads under way on the server,
+fewer replicas on the worker, more free memory, ids.
 """
 
 from __future__ import annotations

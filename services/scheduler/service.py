@@ -1,0 +1,279 @@
+"""The shell: messages become events, actions become effects. No decision is taken here."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import assert_never
+
+import msgspec
+from prometheus_client import Counter, Gauge, Histogram
+
+from services.scheduler.core import Core
+from services.scheduler.events import (
+    LONG,
+    Action,
+    Answer,
+    CommandLoad,
+    CommandStop,
+    Decided,
+    DeleteAsked,
+    DemandHinted,
+    DeployAsked,
+    DeploymentUnwritten,
+    DeploymentWritten,
+    EnsureQueues,
+    Event,
+    ImportDone,
+    ImportMoved,
+    InspectSource,
+    LoadAccepted,
+    LoadRefused,
+    Note,
+    OperationFailed,
+    Oriented,
+    PollImport,
+    QueuesEnsured,
+    QueuesRead,
+    QueuesUnensured,
+    QueuesUnread,
+    ReadQueues,
+    ReadRecord,
+    ReadRegistry,
+    Reconnected,
+    RecordHinted,
+    RecordRead,
+    RecordUnread,
+    RegistryRead,
+    RegistryUnread,
+    RemoveDeployment,
+    ReplicaBroke,
+    SourceInspected,
+    StopAccepted,
+    StopRefused,
+    WriteDeployment,
+)
+from shared.bus import Reply
+from shared.codec import CodecError
+from shared.contracts.events import RecordChanged
+from shared.contracts.placement import Delete, Deploy, Deployed, Deploying, ReplicaFailed
+from shared.contracts.records import DeploymentRecord, ReplicaRecord, ServerRecord, WorkerRecord
+from shared.contracts.requests import Demand
+from shared.contracts.residency import Done, Import, Imported, Inspect
+from shared.driver import Driver
+from shared.errors import Code, Failure, HearthError
+from shared.lifecycle import Context
+from shared.metrics import LATENCY_BUCKETS_S
+from shared.settings import SchedulerSettings
+from shared.subjects import (
+    DELETE,
+    DEMAND,
+    DEPLOY,
+    IMPORT,
+    INSPECT,
+    LOAD,
+    RECORD_CHANGED,
+    REPLICA_FAILED,
+    STOP,
+)
+
+RECORDS: dict[str, type[ServerRecord] | type[WorkerRecord] | type[ReplicaRecord]] = {
+    "server": ServerRecord,
+    "worker": WorkerRecord,
+    "replica": ReplicaRecord,
+}
+
+DECISIONS = Counter(
+    "hearth_scheduler_decisions_total", "Replicas placed, by the tier of the checkpoint there", ["tier"]
+)
+NOTES = Counter("hearth_scheduler_events_total", "What happened, by its name in the log", ["event"])
+DECISION_S = Histogram("hearth_scheduler_decision_seconds", "Demand seen → load commanded", buckets=LATENCY_BUCKETS_S)
+DESIRED = Gauge("hearth_scheduler_replicas_desired", "Replicas that a deployment should have", ["deployment"])
+ACTUAL = Gauge("hearth_scheduler_replicas", "Replicas loading, ready or commanded", ["deployment"])
+OUTSTANDING = Gauge("hearth_scheduler_requests_outstanding", "Requests waiting or running", ["deployment"])
+
+
+class Service:
+    """Carries out what the core wants."""
+
+    def __init__(self, context: Context[SchedulerSettings], core: Core) -> None:
+        self._context = context
+        self._core = core
+        self._clock = time.monotonic
+        self._shown: frozenset[str] = frozenset()
+        self.oriented = asyncio.Event()
+        self.driver: Driver[Event, Action] = Driver(core, tell=self._tell, do=self._do, long=LONG, clock=self._clock)
+
+    async def listen(self) -> None:
+        """Subscribe to everything that concerns a scheduler."""
+        bus = self._context.bus
+        bus.on_reconnect(lambda: self.driver.post(Reconnected()))
+        await bus.subscribe(DEMAND, self._demand)
+        await bus.subscribe(RECORD_CHANGED, self._record_changed, kind="*")
+        await bus.subscribe(REPLICA_FAILED, self._replica_failed)
+        await bus.serve(DEPLOY, self._deploy, group="scheduler")
+        await bus.serve(DELETE, self._delete, group="scheduler")
+
+    # -- messages → events ---------------------------------------------------------------------------------------
+
+    def _demand(self, message: Demand) -> None:
+        self.driver.post(DemandHinted(message.deployment, self._clock()))
+
+    def _record_changed(self, message: RecordChanged) -> None:
+        self.driver.post(RecordHinted(message.kind, message.id, message.deleted))
+
+    def _replica_failed(self, message: ReplicaFailed) -> None:
+        self.driver.post(ReplicaBroke(message.replica_id, message.deployment, message.worker_id, message.failure))
+
+    def _deploy(self, message: Deploy, reply: Reply[Deploying | Deployed]) -> None:
+        self.driver.post(DeployAsked(message.spec, message.wait_s, time.time(), reply))
+
+    def _delete(self, message: Delete, reply: Reply[Done]) -> None:
+        self.driver.post(DeleteAsked(message.deployment, reply))
+
+    # -- actions → effects ---------------------------------------------------------------------------------------
+
+    def _tell(self, action: Action) -> None:
+        match action:
+            case Answer():
+                action.reply(action.message)
+            case Note():
+                NOTES.labels(action.name).inc()
+                self._context.event(action.name, **action.facts)
+            case Decided():
+                took_s = max(0.0, self._clock() - action.demanded_at)
+                DECISIONS.labels(str(action.facts["tier"])).inc()
+                DECISION_S.observe(took_s)
+                self._context.event("placement.decided", **action.facts, decision_ms=round(took_s * 1000, 3))
+            case Oriented():
+                self.oriented.set()
+            case _:
+                raise TypeError(f"{type(action).__name__} takes time and is not told")
+
+    async def _do(self, action: Action) -> Event | None:
+        match action:
+            case ReadRegistry():
+                return await self._read_registry(action)
+            case ReadQueues():
+                return await self._read_queues(action)
+            case ReadRecord():
+                return await self._read_record(action)
+            case EnsureQueues():
+                return await self._ensure_queues(action)
+            case InspectSource():
+                return await self._inspect(action)
+            case PollImport():
+                return await self._import(action)
+            case WriteDeployment():
+                return await self._write(action)
+            case RemoveDeployment():
+                return await self._remove(action)
+            case CommandLoad():
+                return await self._load(action)
+            case CommandStop():
+                return await self._stop(action)
+            case Answer() | Note() | Decided() | Oriented():
+                raise TypeError(f"{type(action).__name__} takes no time and is not done")
+            case _:
+                assert_never(action)
+
+    async def _read_registry(self, action: ReadRegistry) -> Event:
+        try:
+            return RegistryRead(await self._context.registry.view(), action.asked_at)
+        except (HearthError, CodecError) as error:
+            return RegistryUnread(_failure(error))
+
+    async def _read_queues(self, action: ReadQueues) -> Event:
+        self._show()
+        try:
+            return QueuesRead(await self._context.bus.queue_depths(), action.asked_at)
+        except HearthError as error:
+            return QueuesUnread(error.failure)
+
+    async def _read_record(self, action: ReadRecord) -> Event:
+        try:
+            record = await self._context.registry.get(RECORDS[action.kind], action.id)
+        except (HearthError, CodecError):
+            return RecordUnread(action.kind, action.id)
+        return RecordRead(action.kind, action.id, record)
+
+    async def _ensure_queues(self, action: EnsureQueues) -> Event:
+        settings, bus = self._context.settings, self._context.bus
+        try:
+            await bus.ensure_stream(limit=settings.queue_limit)
+            for slug in action.slugs:
+                await bus.ensure_queue(slug, ack_wait_s=settings.ack_wait_s)
+        except HearthError as error:
+            return QueuesUnensured(error.failure)
+        return QueuesEnsured()
+
+    async def _inspect(self, action: InspectSource) -> Event:
+        try:
+            inspected = await self._context.bus.call(INSPECT, Inspect(source=action.source), server_id=action.server_id)
+        except HearthError as error:
+            return OperationFailed(action.deployment, action.operation, error.failure)
+        return SourceInspected(action.deployment, action.operation, inspected)
+
+    async def _import(self, action: PollImport) -> Event:
+        message = Import(source=action.source, deployment=action.slug)
+        try:
+            answer = await self._context.bus.call(IMPORT, message, extra_s=message.wait_s, server_id=action.server_id)
+        except HearthError as error:
+            return OperationFailed(action.deployment, action.operation, error.failure)
+        if isinstance(answer, Imported):
+            return ImportDone(action.deployment, action.operation, answer.checkpoint)
+        return ImportMoved(action.deployment, action.operation, answer)
+
+    async def _write(self, action: WriteDeployment) -> Event:
+        record, context = action.record, self._context
+        try:
+            await context.bus.ensure_queue(record.slug, ack_wait_s=context.settings.ack_wait_s)
+            await context.registry.put(record, ttl_s=None)
+        except HearthError as error:
+            return DeploymentUnwritten(record.spec.name, error.failure)
+        context.changed(DeploymentRecord, record.spec.name)
+        return DeploymentWritten(record.spec.name, record)
+
+    async def _remove(self, action: RemoveDeployment) -> Event:
+        record, context = action.record, self._context
+        try:
+            await context.bus.delete_queue(record.slug)
+            await context.registry.delete(DeploymentRecord, record.spec.name)
+        except HearthError as error:
+            return DeploymentUnwritten(record.spec.name, error.failure)
+        context.changed(DeploymentRecord, record.spec.name, deleted=True)
+        return DeploymentWritten(record.spec.name, None)
+
+    async def _load(self, action: CommandLoad) -> Event:
+        decision_s = max(0.0, self._clock() - action.demanded_at)
+        message = msgspec.structs.replace(action.message, decision_s=decision_s)
+        try:
+            await self._context.bus.call(LOAD, message, worker_id=action.worker_id)
+        except HearthError as error:
+            return LoadRefused(message.replica_id, error.failure)
+        return LoadAccepted(message.replica_id)
+
+    async def _stop(self, action: CommandStop) -> Event:
+        try:
+            await self._context.bus.call(STOP, action.message, worker_id=action.worker_id)
+        except HearthError as error:
+            return StopRefused(action.message.replica_id, error.failure)
+        return StopAccepted(action.message.replica_id)
+
+    def _show(self) -> None:
+        """Bring the gauges up to date (on the loop's thread: the core is not for others)."""
+        rows = self._core.desired()
+        for name, (desired, actual, outstanding) in rows.items():
+            DESIRED.labels(name).set(desired)
+            ACTUAL.labels(name).set(actual)
+            OUTSTANDING.labels(name).set(outstanding)
+        for name in self._shown.difference(rows):
+            for gauge in (DESIRED, ACTUAL, OUTSTANDING):
+                gauge.remove(name)
+        self._shown = frozenset(rows)
+
+
+def _failure(error: HearthError | CodecError) -> Failure:
+    if isinstance(error, HearthError):
+        return error.failure
+    return Failure(code=Code.INTERNAL, message=f"A record cannot be read: {error}")
