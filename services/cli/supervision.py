@@ -42,7 +42,7 @@ class Supervision:
 
         A child that ran well for `QUICK_S` has proved itself, and its earlier failures are forgotten.
         """
-        self._quick_failures = self._quick_failures + 1 if ran_s < QUICK_S else 1
+        self._quick_failures = self._quick_failures + 1 if ran_s < QUICK_S else 0
         if code in HOPELESS:
             return GiveUp("it refuses its settings")
         if self._quick_failures >= QUICK_FAILURES:
@@ -50,7 +50,7 @@ class Supervision:
                 f"it ended {self._quick_failures} times within {QUICK_S:.0f} s of its start, last {how(code)}"
             )
         self.restarts += 1
-        return StartAgain(delay_s(self._quick_failures, first_s=FIRST_DELAY_S, most_s=MOST_DELAY_S))
+        return StartAgain(delay_s(max(1, self._quick_failures), first_s=FIRST_DELAY_S, most_s=MOST_DELAY_S))
 
 
 def how(code: int) -> str:

@@ -270,7 +270,7 @@ def banner(plan: Plan, names: list[str], *, ready_s: float) -> str:
     lines = [
         "",
         f"  Hearth answers at {url}",
-        f"  ready after {ready_s:.1f} s · {_plural(wish.servers, 'server')} with {logview.size(plan.dram_bytes)} DRAM · "
+        f"  ready after {ready_s:.1f} s · {_plural(wish.servers, 'server')} with {logview.size(plan.dram_bytes)} DRAM, "
         f"{_plural(workers, 'worker')} · data and logs in {wish.data_dir}",
         "",
     ]

@@ -1,0 +1,85 @@
+"""The tables of `hearth ps`."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from services.cli.ps import residency, tables
+from shared.contracts.records import (
+    ClusterView,
+    DeploymentRecord,
+    DeploymentSpec,
+    DeploymentState,
+    Phase,
+    ReplicaRecord,
+    ReplicaState,
+    ServerRecord,
+    WorkerRecord,
+)
+from shared.contracts.residency import Checkpoint, Progress, Source
+
+CHECKPOINT = Checkpoint(
+    checkpoint_id="c1", architecture="LlamaForCausalLM", weight_bytes=12 * 2**20, parameters=4_200_000, dtype="float32",
+    max_context_tokens=2048, kv_bytes_per_token=1024, vocab_tokens=4096, has_chat_template=True,
+)  # fmt: skip
+
+
+def server(number: int, **tiers: dict[str, int]) -> ServerRecord:
+    return ServerRecord(
+        server_id=f"server-{number}", phase=Phase.READY, host="h", pid=1, dram_capacity_bytes=2**30, dram_used_bytes=0,
+        leased_bytes=0, ssd_capacity_bytes=2**40, ssd_used_bytes=12 * 2**20, **tiers,
+    )  # fmt: skip
+
+
+def deployment(name: str, checkpoint: Checkpoint | None = CHECKPOINT) -> DeploymentRecord:
+    return DeploymentRecord(
+        spec=DeploymentSpec(name=name, source=Source(url="/m")), slug=name, revision="r", state=DeploymentState.READY,
+        created_at_s=0.0, checkpoint=checkpoint,
+    )  # fmt: skip
+
+
+def shown(view: ClusterView) -> str:
+    out = io.StringIO()
+    Console(file=out, width=100).print(tables(view))
+    return out.getvalue()
+
+
+def test_everything_fits_into_100_columns() -> None:
+    view = ClusterView(
+        servers=(server(1, dram={"c1": 1}, ssd={"c1": 1}), server(2, ssd={"c1": 1})),
+        workers=(
+            WorkerRecord(
+                worker_id="worker-1", server_id="server-1", phase=Phase.READY, pid=1, device="cuda:0",
+                device_name="A GPU with a very long name of its own that never ends", memory_total_bytes=2**36,
+                memory_used_bytes=2**30, max_replicas=8,
+            ),
+        ),
+        replicas=(
+            ReplicaRecord(
+                replica_id="demo-1a2b3c", worker_id="worker-1", server_id="server-1", deployment="demo", revision="r",
+                checkpoint_id="c1", state=ReplicaState.LOADING, slots=16,
+                load=Progress(phase="reading", done_bytes=2**20, total_bytes=2**22),
+            ),
+        ),
+        deployments=(deployment("demo"), deployment("lazy/one", None)),
+        queue_depths={"demo": 7},
+    )  # fmt: skip
+    text = shown(view)
+    assert max(len(line) for line in text.splitlines()) <= 100
+    assert "reading 1MiB of 4MiB" in text
+    assert "not imported" in text and "nowhere yet" in text
+    rows = [line for line in text.splitlines() if line.startswith("demo ")]
+    assert len(rows) == 1 and "4.2 M float32, 12MiB" in rows[0] and " 7 " in rows[0]
+
+
+def test_nothing_is_said_in_words() -> None:
+    text = shown(ClusterView())
+    assert all(words in text for words in ("no deployments", "no replicas", "no workers", "no servers"))
+
+
+def test_residency_names_the_fastest_tier_first() -> None:
+    view = ClusterView(servers=(server(2, ssd={"c1": 1}), server(1, dram={"c1": 1}, ssd={"c1": 1})))
+    assert residency(view, deployment("demo")) == "DRAM server-1 · SSD server-1 · SSD server-2"
+    assert residency(ClusterView(), deployment("demo")) == "nowhere"
