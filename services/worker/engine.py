@@ -120,6 +120,10 @@ class BatchingStepper:
             raise HearthError(
                 Code.OUT_OF_MEMORY, f"The KV cache of {blocks * block_bytes} bytes does not fit."
             ) from error
+        except FOREIGN_ERRORS as error:
+            raise HearthError(
+                Code.UNSUPPORTED, f"A {config.model_type} model cannot be batched ({type(error).__name__})."
+            ) from error
         self._model, self._processor = model, processor
         self._io, self._scheduler = processor.inputs_and_outputs, processor.scheduler
         processor.model_runner._sample = self._sample
@@ -139,7 +143,7 @@ class BatchingStepper:
             len(allocator.ledger.cached_blocks) * allocator.bytes_per_block
             for allocator in cache.cache_allocators.values()
         )
-        return int(cache.compute_free_capacity(relative=False)) + cached
+        return int(cache.compute_free_capacity(relative=False) + cached)
 
     def start(self) -> None:
         """See `Stepper`."""
@@ -214,7 +218,7 @@ class BatchingStepper:
         self._model = self._processor = self._io = self._scheduler = None
 
     def _sample(self, scores: torch.Tensor, output_ids: torch.Tensor) -> None:
-        """In place of `ModelRunner._sample`. `scores`: (1, rows, vocabulary); rows beyond the new tokens mean nothing."""
+        """In place of `ModelRunner._sample`. `scores`: (1, rows, vocabulary); the other rows mean nothing."""
         rows = [
             self._live[future.state.request_id].row for future in self._io.requests_in_batch if future.has_new_token
         ]
@@ -244,8 +248,12 @@ def make_engine(
     if engine == "sequential":
         token_bytes = kv_bytes_per_token(model.config.get_text_config(), model.dtype)
         sequential = SequentialStepper(
-            model, kv_bytes=kv_bytes, kv_bytes_per_token=token_bytes, max_context_tokens=max_context_tokens, eos_token_ids=eos_token_ids,
-        )  # fmt: skip
+            model,
+            kv_bytes=kv_bytes,
+            kv_bytes_per_token=token_bytes,
+            max_context_tokens=max_context_tokens,
+            eos_token_ids=eos_token_ids,
+        )
         return ThreadedEngine(sequential, sink, failure_of=failure_of, name=name), sequential.memory_bytes
     batching = BatchingStepper(
         model, kv_bytes=kv_bytes, slots=slots, max_context_tokens=max_context_tokens, eos_token_ids=eos_token_ids

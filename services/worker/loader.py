@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
+import platform
 import re
 import threading
 import time
@@ -26,7 +28,7 @@ import torch
 from services.worker.engine import choose_engine, make_engine
 from services.worker.engine_thread import ThreadedEngine
 from services.worker.loader_memory import Image, Mappings
-from services.worker.ports import AttachTimes, Sink
+from services.worker.ports import AttachTimes, DeviceFacts, Sink
 from services.worker.tokenizer import ModelTokenizer, Tokenizers
 from shared.contracts.manifest import MANIFEST_NAME, Manifest, decode_manifest
 from shared.contracts.residency import Lease
@@ -96,21 +98,30 @@ class _Read:
 
 
 class TorchLoader:
-    """See `Loader`. `device` is "cpu", "cuda" or "cuda:N"; `threads` those of one torch operation (0: torch's default).
+    """See `Loader`. `device` is "auto" (CUDA if there is any), "cpu", "cuda" or "cuda:N"; `torch_threads` those of one
+    torch operation (0: torch's default). Raises HearthError: UNAVAILABLE for a device that is not there.
 
     Loads are one after another: transformers patches itself while it builds a model.
     """
 
-    def __init__(self, *, device: str = "cpu", threads: int = 0) -> None:
-        self._device = torch.device(device)
-        if self._device.type == "cuda" and self._device.index is None:
-            self._device = torch.device("cuda", torch.cuda.current_device())
-        if threads:
-            torch.set_num_threads(threads)
+    def __init__(self, *, device: str = "auto", torch_threads: int = 0) -> None:
+        self._device = _device(device)
+        if torch_threads:
+            torch.set_num_threads(torch_threads)
         self._mappings = Mappings(writable=self._device.type == "cuda")
         self._pins: dict[int, int] = {}  # address of a pinned mapping → bytes
         self._tokenizers = Tokenizers()
         self._lock = threading.Lock()
+
+    @property
+    def device(self) -> DeviceFacts:
+        """See `Loader`."""
+        if self._device.type == "cuda":
+            free_bytes, _ = torch.cuda.mem_get_info(self._device)
+            name = torch.cuda.get_device_name(self._device)
+            return DeviceFacts(device=str(self._device), device_name=name, memory_bytes=free_bytes)
+        name = platform.processor() or platform.machine()
+        return DeviceFacts(device="cpu", device_name=name, memory_bytes=_dram_bytes())
 
     def warm_up(self) -> None:
         """See `Loader`."""
@@ -231,6 +242,27 @@ class TorchLoader:
         result = torch.cuda.cudart().cudaHostRegister(image.segment_address, image.segment_bytes, portable)
         if int(result) == 0:
             self._pins[image.segment_address] = image.segment_bytes
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise HearthError(Code.UNAVAILABLE, f"{name!r} is no device; use auto, cpu, cuda or cuda:N.") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise HearthError(Code.UNAVAILABLE, f"There is no {name}: this machine has {count} CUDA devices.")
+        return torch.device("cuda", device.index or 0)
+    if device.type != "cpu":
+        raise HearthError(Code.UNAVAILABLE, f"Devices of type {device.type} cannot be used.")
+    return device
+
+
+def _dram_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _read(directory: Path) -> _Read:

@@ -72,7 +72,7 @@ class Mappings:
         self._segments: dict[str, _Segment] = {}
 
     def map(self, lease: Lease) -> Image:
-        """The image of a leased checkpoint. Raises HearthError: CHECKPOINT_UNAVAILABLE, CHECKPOINT_CORRUPT (extents)."""
+        """The image of a leased checkpoint. Raises HearthError: CHECKPOINT_UNAVAILABLE, CHECKPOINT_CORRUPT."""
         if not lease.extents:
             raise HearthError(Code.CHECKPOINT_CORRUPT, "The lease has no extents.")
         try:

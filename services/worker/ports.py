@@ -187,7 +187,7 @@ class Loaded(Protocol):
 
     @property
     def memory_bytes(self) -> int:
-        """Device memory of this replica: KV cache, buffers, on CUDA the parameters (on the CPU they are the store's)."""
+        """Device memory of this replica: KV cache, buffers, and on CUDA the parameters."""
 
     @property
     def times(self) -> AttachTimes: ...

@@ -150,7 +150,7 @@ class Tokenizers:
         self._kept: OrderedDict[tuple[Any, ...], ModelTokenizer] = OrderedDict()
 
     def load(self, directory: Path, config: Any) -> ModelTokenizer:
-        """The tokenizer of a checkpoint; `config` is the model's. Raises HearthError: UNSUPPORTED when there is none."""
+        """The tokenizer of a checkpoint; `config` is the model's. Raises HearthError: UNSUPPORTED."""
         key = (str(directory), *(_stamp(directory / name) for name in _FILES))
         with self._lock:
             if key in self._kept:
