@@ -48,29 +48,33 @@ def memory_total_bytes(settings: WorkerSettings, device: DeviceFacts) -> int:
 async def serve(context: Context[WorkerSettings]) -> None:
     """A worker's whole service, from warming up to drained."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    settings = context.settings
     threads = ThreadPoolExecutor(1, thread_name_prefix="warm-up")
     loop = asyncio.get_running_loop()
     try:
-        loader = await loop.run_in_executor(threads, warm_loader, settings)
-        device = loader.device
-        limits = Limits(
-            worker_id=context.id,
-            server_id=settings.server_id,
-            memory_total_bytes=memory_total_bytes(settings, device),
-            weights_on_device=device.device != "cpu",
-            max_replicas=settings.worker_max_replicas,
-            lease_ttl_s=settings.lease_ttl_s,
-            ack_wait_s=settings.ack_wait_s,
-            max_deliveries=settings.max_deliveries,
-            drain_s=settings.drain_s,
-            engine="" if settings.engine in ("auto", "null") else settings.engine,
-        )
-        leases: Leases = NoLeases() if settings.engine == "null" else StoreLeases(context)
-        await WorkerShell(context, WorkerCore(limits), loader=loader, leases=leases, device=device).serve()
+        loader = await loop.run_in_executor(threads, warm_loader, context.settings)
+        await work(context, loader, NoLeases() if context.settings.engine == "null" else StoreLeases(context))
         await loop.run_in_executor(threads, loader.close)
     finally:
         threads.shutdown(wait=False)
+
+
+async def work(context: Context[WorkerSettings], loader: Loader, leases: Leases, *, check: bool = False) -> None:
+    """Serve with this warm loader until the context is stopping. `check`: assert the core's invariants (tests)."""
+    settings, device = context.settings, loader.device
+    limits = Limits(
+        worker_id=context.id,
+        server_id=settings.server_id,
+        memory_total_bytes=memory_total_bytes(settings, device),
+        weights_on_device=device.device != "cpu",
+        max_replicas=settings.worker_max_replicas,
+        lease_ttl_s=settings.lease_ttl_s,
+        ack_wait_s=settings.ack_wait_s,
+        max_deliveries=settings.max_deliveries,
+        drain_s=settings.drain_s,
+        engine="" if settings.engine in ("auto", "null") else settings.engine,
+    )
+    core = WorkerCore(limits)
+    await WorkerShell(context, core, loader=loader, leases=leases, device=device, check=check).serve()
 
 
 def main() -> int:
