@@ -1,0 +1,85 @@
+"""Small sources for the store's tests: safetensors directories written by hand, without torch."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+Tensors = dict[str, tuple[str, tuple[int, ...]]]
+_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I8": 1, "U8": 1}
+
+LLAMA: Tensors = {
+    "lm_head.weight": ("F32", (64, 32)),
+    "model.embed_tokens.weight": ("F32", (64, 32)),
+    "model.layers.0.input_layernorm.weight": ("F32", (32,)),
+    "model.layers.0.mlp.down_proj.weight": ("F32", (32, 48)),
+    "model.layers.0.self_attn.q_proj.weight": ("F32", (32, 32)),
+    "model.layers.1.input_layernorm.weight": ("F32", (32,)),
+    "model.layers.1.self_attn.q_proj.weight": ("F32", (32, 32)),
+    "model.layers.10.self_attn.q_proj.weight": ("F32", (32, 32)),
+    "model.norm.weight": ("F32", (32,)),
+}
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "vocab_size": 64,
+    "dtype": "float32",
+    "tie_word_embeddings": False,
+}
+
+
+def safetensors(
+    tensors: Tensors, *, seed: int = 0, same: dict[str, str] | None = None
+) -> tuple[bytes, dict[str, bytes]]:
+    """The bytes of a safetensors file with random content, and each tensor's bytes. `same`: copies of other tensors."""
+    choose = random.Random(seed)
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    contents: dict[str, bytes] = {}
+    at = 0
+    for name, (dtype, shape) in tensors.items():
+        size = _BYTES[dtype]
+        for extent in shape:
+            size *= extent
+        contents[name] = choose.randbytes(size)
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    for name, other in (same or {}).items():
+        contents[name] = contents[other]
+    header = json.dumps(table).encode()
+    return len(header).to_bytes(8, "little") + header + b"".join(contents[name] for name in tensors), contents
+
+
+def make_source(
+    directory: Path,
+    tensors: Tensors = LLAMA,
+    *,
+    config: dict[str, Any] | None = None,
+    seed: int = 0,
+    same: dict[str, str] | None = None,
+    shards: int = 1,
+) -> dict[str, bytes]:
+    """Write a source; the bytes of its tensors."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps({**CONFIG, **(config or {})}))
+    (directory / "tokenizer.json").write_text('{"version": "1.0"}')
+    if shards == 1:
+        data, contents = safetensors(tensors, seed=seed, same=same)
+        (directory / "model.safetensors").write_bytes(data)
+        return contents
+    contents, weight_map, names = {}, {}, list(tensors)
+    for shard in range(shards):
+        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        part = {name: tensors[name] for name in names[shard::shards]}
+        data, some = safetensors(part, seed=seed + shard)
+        (directory / file).write_bytes(data)
+        contents |= some
+        weight_map |= dict.fromkeys(part, file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return contents
