@@ -177,6 +177,7 @@ class Bus:
         self._pullers: list[Puller] = []
         self._on_reconnect: list[Callable[[], None]] = []
         self._log = log.get("bus")
+        self.closing = False  # a disconnection is wanted now
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -193,7 +194,8 @@ class Bus:
             logger.warning("bus.failed", error=str(error) or type(error).__name__)
 
         async def on_disconnect() -> None:
-            logger.warning("bus.disconnected")
+            if not (holder and holder[0].closing):
+                logger.warning("bus.disconnected")
 
         async def on_reconnect() -> None:
             logger.info("bus.reconnected")
@@ -227,6 +229,7 @@ class Bus:
             finally:
                 with contextlib.suppress(HearthError):
                     await bus.flush()
+                bus.closing = True
                 writer.cancel()
                 await client.close()
 
