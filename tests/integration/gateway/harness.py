@@ -13,6 +13,7 @@ import aiohttp
 
 from services.gateway.main import serve_checked
 from shared.bus import Bus, Delivery, Puller
+from shared.contracts.events import RecordChanged
 from shared.contracts.generation import End, FinishReason, Frame, FrameBatch, Ledger, Usage
 from shared.contracts.records import DeploymentRecord, DeploymentSpec, DeploymentState, GatewayRecord, Phase
 from shared.contracts.requests import Cancel, Claim, Claimed, Demand, Gone, Request
@@ -22,7 +23,7 @@ from shared.lifecycle import Context, run_service
 from shared.registry import Registry
 from shared.settings import GatewaySettings
 from shared.slug import slug
-from shared.subjects import CANCEL, CLAIM, DEMAND, FRAMES
+from shared.subjects import CANCEL, CLAIM, DEMAND, FRAMES, RECORD_CHANGED
 
 CHECKPOINT = Checkpoint(
     checkpoint_id="c1",
@@ -88,9 +89,7 @@ class FakeWorker:
 
     async def _run(self, delivery: Delivery) -> None:
         request = delivery.request
-        claim = Claim(
-            request_id=request.request_id, worker_id=self.name, replica_id="r1", delivery=delivery.delivery
-        )
+        claim = Claim(request_id=request.request_id, worker_id=self.name, replica_id="r1", delivery=delivery.delivery)
         answer = await self.bus.call(CLAIM, claim, gateway_id=request.gateway_id)
         if isinstance(answer, Gone):
             self.gone.append(request.request_id)
@@ -160,7 +159,13 @@ class Cluster:
             checkpoint=checkpoint,
         )
         await self.registry.put(record, ttl_s=None)
+        self.bus.publish(RECORD_CHANGED, RecordChanged(kind="deployment", id=name), kind="deployment")
+        await until(lambda: self.listed(name))
         return slug(name)
+
+    async def listed(self, name: str) -> bool:
+        async with self.http.get(f"{self.url}/v1/models", headers={"Authorization": "Bearer one"}) as response:
+            return response.status == 200 and name in [model["id"] for model in (await response.json())["data"]]
 
     async def worker(self, job: Job = answer, *, name: str = "w1", deployment: str = "m", slots: int = 8) -> FakeWorker:
         worker = FakeWorker(self.bus, name, self.tasks, job, slots)
@@ -217,7 +222,7 @@ async def until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
                 value = await value
             if value:
                 return
-            await asyncio.sleep(0.01)  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
 
 @contextlib.asynccontextmanager

@@ -66,9 +66,7 @@ class Bench:
         ids = [call_id] if n == 1 else [f"{call_id}-{i}" for i in range(n)]
         values: dict[str, Any] = {"queue_limit": 100, "budget_s": 100.0, "stream": True, **more}
         return self.do(
-            c.Admitted(
-                call_id=call_id, deployment="m", slug="m-1", requests=tuple(request(i) for i in ids), **values
-            )
+            c.Admitted(call_id=call_id, deployment="m", slug="m-1", requests=tuple(request(i) for i in ids), **values)
         )
 
     def claim(self, request_id: str = "a", worker: str = "w1", delivery: int = 1) -> Claimed | Gone | Failure:
@@ -380,9 +378,7 @@ def test_closing_ends_everything() -> None:
 
 def progress(done: int, phase: str = "reading") -> c.ProgressArrived:
     return c.ProgressArrived(
-        LoadProgress(
-            deployment="m-1", server_id="s", progress=Progress(phase=phase, done_bytes=done, total_bytes=100)
-        )
+        LoadProgress(deployment="m-1", server_id="s", progress=Progress(phase=phase, done_bytes=done, total_bytes=100))
     )
 
 
