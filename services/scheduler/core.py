@@ -76,7 +76,8 @@ class Rules:
     after a hint that might ask for more replicas. `command_s`: a command without visible effect is forgotten after it.
     `min_ready_s`: a replica younger than this is not evicted. `stop_retry_s`: after a refused stop. `first_backoff_s`,
     `most_backoff_s`, `most_failures`: see `Trouble`. `patience_s`: how long a model for which no server is large enough
-    may wait for one before its requests fail. `forget_s`: how long old failures are remembered.
+    may wait for one before its requests fail. `word_s`: how long the word of a worker is waited for when a replica went
+    away while it was loading. `forget_s`: how long old failures are remembered.
     """
 
     look_interval_s: float = 1.0
@@ -89,6 +90,7 @@ class Rules:
     most_backoff_s: float = 60.0
     most_failures: int = 3
     patience_s: float = 10.0
+    word_s: float = 0.5
     forget_s: float = 600.0
     kv_bytes_max: int = 256 * 2**20
     decisions_kept: int = 256
@@ -127,6 +129,7 @@ class Core:
         self._reading: dict[tuple[str, str], bool] = {}
         self._wanting_since: dict[str, float] = {}
         self._troubles: dict[str, Trouble] = {}
+        self._suspects: dict[str, tuple[str, str, float]] = {}
         self._blamed: dict[str, float] = {}
         self._deferred: dict[str, str] = {}
         self._not_before: dict[str, float] = {}
@@ -323,13 +326,14 @@ class Core:
         load = cluster.loads.pop(event.replica_id, None)
         cluster.touched("replica", event.replica_id, now)
         replica = cluster.remove_replica(event.replica_id, now)
+        suspect = self._suspects.pop(event.replica_id, None)
         record = cluster.deployments.get(event.deployment)
         revision = load.revision if load else replica.revision if replica else None
         asked = self._not_before.pop(event.replica_id, None) == math.inf
         if asked or record is None or revision not in (None, record.revision):
             return  # nobody wanted it any more
         worker = cluster.workers.get(event.worker_id)
-        server_id = load.server_id if load else replica.server_id if replica else worker.server_id if worker else ""
+        server_id = worker.server_id if worker else suspect[1] if suspect else ""
         self._blame(event.replica_id, event.deployment, server_id, event.failure, now, out)
 
     def _stop_refused(self, event: StopRefused, now: float, out: list[Action]) -> None:
@@ -355,9 +359,9 @@ class Core:
         worker = self.cluster.workers.get(replica.worker_id)
         drained = worker is not None and worker.phase is not Phase.READY
         if deployment.revision == replica.revision and not drained:
-            # Perhaps its worker died of it: that counts, or one bad model would end worker after worker.
-            failure = Failure(code=Code.WORKER_LOST, message="The replica went away while it was loading.")
-            self._blame(id, replica.deployment, replica.server_id, failure, now, out)
+            # Its worker says why in a moment, unless it died of it: that counts too, or one bad model would end
+            # worker after worker.
+            self._suspects[id] = (replica.deployment, replica.server_id, now + self.rules.word_s)
 
     def _cured(self, now: float, out: list[Action]) -> None:
         """A ready replica ends its deployment's trouble, and tells the facts of a lazy one's checkpoint."""
@@ -375,15 +379,12 @@ class Core:
     def _blame(
         self, replica_id: str, name: str, server_id: str, failure: Failure, now: float, out: list[Action]
     ) -> None:
-        """A load failed: remember where and how. Signs of one failure count once; the worker's own word wins."""
+        """A load failed: remember where and how. Several signs of one failure count once."""
         record = self.cluster.deployments.get(name)
         if record is None:
             return
         rules = self.rules
         if replica_id in self._blamed:
-            trouble = self._troubles.get(name)
-            if trouble is not None:
-                trouble.failure = failure
             return
         self._blamed[replica_id] = now + rules.forget_s
         trouble = self._troubles.setdefault(name, Trouble(failure))
@@ -473,6 +474,13 @@ class Core:
         for load in loads:
             failure = Failure(code=Code.WORKER_LOST, message="The worker never showed the replica.")
             self._blame(load.replica_id, load.deployment, load.server_id, failure, now, out)
+        for id, (name, server_id, due) in sorted(self._suspects.items()):
+            if due <= now:
+                del self._suspects[id]
+                failure = Failure(code=Code.WORKER_LOST, message="The replica went away while it was loading.")
+                self._blame(id, name, server_id, failure, now, out)
+            else:
+                self._wake = min(self._wake, due)
         self._blamed = {id: until for id, until in self._blamed.items() if until > now}
         self._not_before = {id: at for id, at in self._not_before.items() if id in self.cluster.replicas and (at > now)}
         for name in [name for name in self._deferred if name not in self.cluster.deployments]:
@@ -568,9 +576,10 @@ class Core:
 
     def _serve(self, now: float, out: list[Action]) -> None:
         """Place what is missing, whoever has waited longest first."""
+        suspended = frozenset(name for name, _, _ in self._suspects.values())
         for name in sorted(self._wanting_since, key=lambda one: (self._wanting_since[one], one)):
             trouble = self._troubles.get(name)
-            if trouble is not None and trouble.until > now:
+            if name in suspended or (trouble is not None and trouble.until > now):
                 continue
             for _ in range(self._missing(name)):
                 if not self._place(name, now, out):
@@ -585,6 +594,9 @@ class Core:
         room = cluster.rooms.get(name)
         # While room is being made nobody else is asked to leave; but what has become free meanwhile is taken.
         idle = [] if room is not None else autoscale.victims(cluster, name, now, min_ready_s=rules.min_ready_s)
+        if cluster.outstanding(name) == 0:
+            # A reserve never takes the place of another reserve, or the two would do so for ever.
+            idle = [one for one in idle if not one.below_min]
         idle = [one for one in idle if self._not_before.get(one.replica_id, -math.inf) <= now]
         decision = policy.decide(need, cluster, idle, now, avoid=trouble.avoid if trouble is not None else {})
         match decision.outcome:

@@ -1,0 +1,394 @@
+"""The scheduler over time: cold starts, evictions, failures, keep-alive."""
+
+from __future__ import annotations
+
+from services.scheduler.core import Core, Rules
+from services.scheduler.events import (
+    CommandLoad,
+    CommandStop,
+    Decided,
+    EnsureQueues,
+    LoadRefused,
+    Note,
+    Oriented,
+    QueuesUnread,
+    ReadQueues,
+    ReadRegistry,
+    Reconnected,
+    RecordHinted,
+    RegistryUnread,
+    ReplicaBroke,
+    StopRefused,
+)
+from shared.contracts.records import Phase, ReplicaState
+from shared.errors import Code, Failure
+from tests.unit.scheduler import picture
+from tests.unit.scheduler.desk import Desk, small
+from tests.unit.scheduler.picture import MIB
+
+CRASHED = Failure(code=Code.INTERNAL, message="The engine failed.")
+CORRUPT = Failure(code=Code.CHECKPOINT_CORRUPT, message="The bytes do not match.")
+BUSY = Failure(code=Code.BUSY, message="It runs a request.")
+AWAY = Failure(code=Code.UNAVAILABLE, message="Nobody answers.")
+
+
+def test_a_hint_of_demand_is_a_load_in_the_same_moment() -> None:
+    desk = small()
+    desk.hint("m")
+    load = desk.only(CommandLoad)
+    assert load.worker_id == "a0"
+    assert load.demanded_at == desk.now
+    message = load.message
+    assert (message.deployment, message.slots, message.max_context_tokens) == ("m", 1, 16)
+    assert (message.checkpoint_id, message.kv_bytes) == ("ck-m", 400 * MIB)
+    facts = desk.only(Decided).facts
+    assert (facts["tier"], facts["candidates"]) == ("remote", 1)
+
+
+def test_no_second_load_while_the_first_is_coming() -> None:
+    desk = small()
+    desk.hint("m")
+    desk.hint("m")
+    desk.queue("m", 1)
+    desk.wait(2.0)
+    load = desk.only(CommandLoad)
+    desk.shows(load.message, "a0", ReplicaState.LOADING)
+    desk.hint("m")
+    desk.wait(30.0)
+    assert desk.take(CommandLoad) == []
+
+
+def test_a_command_without_any_effect_is_given_again() -> None:
+    desk = small(Rules(command_s=5.0))
+    desk.queue("m", 1)
+    desk.hint("m")
+    first = desk.only(CommandLoad).message.replica_id
+    desk.wait(4.9)
+    assert desk.take(CommandLoad) == []
+    desk.wait(1.5)
+    assert desk.only(CommandLoad).message.replica_id != first
+
+
+def test_a_lost_hint_only_costs_a_look() -> None:
+    desk = small()
+    desk.queue("m", 1)
+    desk.wait(1.1)
+    assert desk.only(CommandLoad).message.deployment == "m"
+
+
+def test_demand_that_has_gone_again_does_not_keep_a_place() -> None:
+    desk = small(keep_alive_s=5.0)
+    desk.hint("m")
+    desk.loaded()
+    desk.wait(4.0)
+    assert desk.take(CommandStop) == []
+    desk.wait(1.1)
+    assert desk.only(CommandStop).message.reason == "keep_alive"
+
+
+def test_more_replicas_for_more_demand_on_other_workers() -> None:
+    desk = small(max_replicas=3, target_concurrency=4)
+    desk.add(picture.worker("a1"), picture.worker("a2"), picture.worker("a3"))
+    desk.wait(1.0)
+    desk.queue("m", 9)
+    desk.hint("m")
+    desk.wait(0.5)
+    loads = desk.take(CommandLoad)
+    assert [one.worker_id for one in loads] == ["a0", "a1", "a2"]
+
+
+def test_an_idle_replica_is_evicted_for_a_waiting_request_and_the_load_follows_at_once() -> None:
+    desk = small()
+    desk.hint("x")
+    first = desk.loaded()
+    desk.wait(3.0)
+    desk.hint("m")
+    stop = desk.stopped()
+    assert (stop.message.replica_id, stop.message.reason, stop.message.drain) == (
+        first.message.replica_id, "evicted", False,
+    )  # fmt: skip
+    load = desk.only(CommandLoad)
+    assert load.message.deployment == "m"
+
+
+def test_room_that_is_being_made_is_not_given_to_somebody_else() -> None:
+    desk = small()
+    desk.add(picture.deployment(picture.spec("y"), picture.checkpoint("ck-y", kv=400)))
+    desk = Desk(deployments=desk.deployments, servers=desk.servers, workers=desk.workers).start()
+    desk.hint("x")
+    desk.loaded()
+    desk.wait(3.0)
+    desk.hint("m")
+    desk.hint("y")
+    desk.stopped()
+    assert desk.only(CommandLoad).message.deployment == "m"
+
+
+def test_a_busy_replica_is_left_alone_and_the_newcomer_waits_until_it_is_idle() -> None:
+    desk = small()
+    desk.hint("x")
+    load = desk.loaded(running=1)
+    desk.wait(3.0)
+    desk.queue("m", 1)
+    desk.hint("m")
+    desk.wait(5.0)
+    assert desk.take(CommandStop) == []
+    assert desk.notes().count("placement.deferred") == 1
+    desk.shows(load.message, "a0", ReplicaState.READY)
+    desk.stopped()
+    assert desk.only(CommandLoad).message.deployment == "m"
+
+
+def test_a_refused_eviction_is_tried_again_when_the_replica_is_idle() -> None:
+    desk = small()
+    desk.hint("x")
+    load = desk.loaded()
+    desk.wait(3.0)
+    desk.queue("m", 1)
+    desk.hint("m")
+    stop = desk.only(CommandStop)
+    desk.tell(StopRefused(stop.message.replica_id, BUSY))
+    assert desk.take(CommandStop) == []
+    desk.shows(load.message, "a0", ReplicaState.READY, running=1)
+    desk.wait(3.0)
+    assert desk.take(CommandStop) == []
+    desk.shows(load.message, "a0", ReplicaState.READY)
+    assert desk.only(CommandStop).message.replica_id == load.message.replica_id
+
+
+def test_whoever_waits_longest_is_served_first() -> None:
+    desk = small()
+    desk.add(picture.deployment(picture.spec("b"), picture.checkpoint("ck-b", kv=400)))
+    desk = Desk(deployments=desk.deployments, servers=desk.servers, workers=desk.workers).start()
+    desk.hint("x")
+    load = desk.loaded(running=1)
+    for name in ("m", "b"):
+        desk.queue(name, 1)
+        desk.hint(name)
+        desk.wait(2.0)
+    desk.shows(load.message, "a0", ReplicaState.READY)
+    desk.stopped()
+    assert desk.only(CommandLoad).message.deployment == "m"
+
+
+def test_a_replica_that_has_just_become_ready_is_not_evicted_yet() -> None:
+    desk = small(Rules(min_ready_s=1.0))
+    desk.hint("x")
+    desk.loaded()
+    desk.wait(0.3)
+    desk.depths.clear()
+    desk.queue("m", 1)
+    desk.hint("m")
+    desk.wait(0.5)
+    assert desk.take(CommandStop) == []
+    desk.wait(0.5)
+    assert desk.only(CommandStop).message.reason == "evicted"
+
+
+def test_idle_replicas_stay_for_the_keep_alive_and_leave_on_time() -> None:
+    desk = small(Rules(look_interval_s=3600.0), keep_alive_s=20.0)
+    desk.hint("m")
+    desk.loaded()
+    desk.tell(Reconnected())  # the queues are read: nothing is outstanding
+    desk.wait(19.9)
+    assert desk.take(CommandStop) == []
+    desk.wait(0.2)
+    stop = desk.only(CommandStop)
+    assert (stop.message.reason, stop.message.drain, stop.message.abort) == ("keep_alive", False, False)
+    desk.gone(stop.message.replica_id)
+    desk.wait(60.0)
+    assert desk.take(CommandLoad) == []
+
+
+def test_a_request_that_slipped_in_saves_the_replica() -> None:
+    desk = small(keep_alive_s=5.0)
+    desk.hint("m")
+    load = desk.loaded()
+    desk.wait(5.1)
+    stop = desk.only(CommandStop)
+    desk.tell(StopRefused(stop.message.replica_id, BUSY))
+    desk.shows(load.message, "a0", ReplicaState.READY, running=1)
+    desk.wait(20.0)
+    assert desk.take(CommandStop) == []
+
+
+def test_the_minimum_is_kept_up_but_never_at_the_cost_of_another_minimum() -> None:
+    desk = small(min_replicas=1, keep_alive_s=1.0)
+    load = desk.take(CommandLoad)[0]
+    assert load.message.deployment == "m"
+    desk.shows(load.message, "a0", ReplicaState.READY)
+    desk.wait(100.0)
+    assert desk.take(CommandStop) == []
+    desk.gone(load.message.replica_id)
+    assert desk.only(CommandLoad).message.deployment == "x"  # which has been waiting for its own
+
+
+def test_a_failed_load_is_tried_on_another_server_at_once() -> None:
+    desk = small()
+    desk.add(picture.server("b"), picture.worker("b0", memory=450))
+    desk.wait(1.0)
+    desk.queue("m", 1)
+    desk.hint("m")
+    load = desk.only(CommandLoad)
+    assert load.worker_id == "a0"
+    desk.tell(LoadRefused(load.message.replica_id, CRASHED))
+    assert desk.only(CommandLoad).worker_id == "b0"
+
+
+def test_failures_back_off_and_end_in_an_error_and_later_service() -> None:
+    desk = small()
+    desk.queue("m", 1)
+    desk.hint("m")
+    times: list[float] = []
+    began = desk.now
+    for _ in range(3):
+        load = desk.only(CommandLoad)
+        times.append(round(desk.now - began, 1))
+        desk.shows(load.message, "a0", ReplicaState.LOADING)
+        desk.gone(load.message.replica_id)
+        desk.tell(ReplicaBroke(load.message.replica_id, "m", "a0", CRASHED))
+        for _ in range(100):
+            if desk.deployments["m"].failure is not None or any(isinstance(one, CommandLoad) for one in desk.out):
+                break
+            desk.wait(0.1)
+    assert times == [0.0, 1.0, 3.0]
+    failure = desk.deployments["m"].failure
+    assert failure is not None
+    assert (failure.code, failure.message, failure.retry_after_s) == (Code.INTERNAL, CRASHED.message, 4.0)
+    assert "deployment.suspended" in desk.notes()
+    desk.wait(3.9)
+    assert desk.take(CommandLoad) == []
+    desk.wait(0.2)
+    assert desk.deployments["m"].failure is None
+    desk.loaded()
+    assert "m" not in desk.core._troubles
+
+
+def test_a_corrupt_checkpoint_ends_the_waiting_as_soon_as_every_server_has_said_so() -> None:
+    desk = small()
+    desk.queue("m", 1)
+    desk.hint("m")
+    load = desk.only(CommandLoad)
+    desk.tell(ReplicaBroke(load.message.replica_id, "m", "a0", CORRUPT))
+    failure = desk.deployments["m"].failure
+    assert failure is not None
+    assert failure.code is Code.CHECKPOINT_CORRUPT
+
+
+def test_a_worker_that_is_full_or_away_never_makes_a_deployment_fail() -> None:
+    desk = small()
+    desk.queue("m", 1)
+    desk.hint("m")
+    for failure in (AWAY, Failure(code=Code.OUT_OF_MEMORY, message="Full."), AWAY, AWAY):
+        load = desk.only(CommandLoad)
+        desk.tell(LoadRefused(load.message.replica_id, failure))
+        desk.wait(1.1)
+    assert desk.deployments["m"].failure is None
+
+
+def test_a_replica_that_vanishes_while_loading_counts_as_failed_even_without_a_word() -> None:
+    desk = small()
+    desk.queue("m", 1)
+    desk.hint("m")
+    load = desk.only(CommandLoad)
+    desk.shows(load.message, "a0", ReplicaState.LOADING)
+    desk.gone(load.message.replica_id)
+    desk.wait(0.6)
+    assert desk.take(CommandLoad) == []
+    assert "replica.failed" in desk.notes()
+    desk.wait(1.0)
+    assert len(desk.take(CommandLoad)) == 1
+
+
+def test_a_dead_worker_takes_its_replicas_along_and_others_take_over() -> None:
+    desk = small()
+    desk.add(picture.server("b"), picture.worker("b0", memory=450))
+    desk.wait(1.0)
+    desk.queue("m", 1)
+    desk.hint("m")
+    load = desk.loaded(running=1)
+    del desk.workers[load.worker_id]
+    desk.replicas.clear()
+    desk.wait(1.1)
+    assert desk.only(CommandLoad).worker_id == "b0"
+
+
+def test_replicas_of_a_draining_worker_are_replaced() -> None:
+    desk = small()
+    desk.add(picture.server("b"), picture.worker("b0", memory=450))
+    desk.wait(1.0)
+    desk.queue("m", 1)
+    desk.hint("m")
+    assert desk.loaded(running=1).worker_id == "a0"
+    desk.workers["a0"] = picture.worker("a0", phase=Phase.DRAINING)
+    desk.tell(RecordHinted("worker", "a0", False))
+    assert desk.only(CommandLoad).worker_id == "b0"
+
+
+def test_replicas_of_unknown_deployments_are_ended() -> None:
+    desk = small()
+    stranger = picture.deployment(picture.spec("gone"), picture.checkpoint("ck-gone"))
+    desk.replicas["r9"] = picture.replica("r9", stranger, running=1)
+    desk.tell(RecordHinted("replica", "r9", False))
+    stop = desk.only(CommandStop)
+    assert (stop.message.replica_id, stop.message.abort) == ("r9", True)
+
+
+def test_a_model_for_which_no_server_is_large_enough_fails_after_some_patience() -> None:
+    desk = Desk(Rules(patience_s=10.0))
+    desk.add(picture.server("a", pool=50), picture.worker("a0"))
+    desk.add(picture.deployment(picture.spec("m"), picture.checkpoint(weights=100)))
+    desk.start()
+    desk.queue("m", 1)
+    desk.wait(9.0)
+    assert desk.deployments["m"].failure is None
+    desk.wait(3.0)
+    failure = desk.deployments["m"].failure
+    assert failure is not None
+    assert failure.code is Code.TOO_LARGE
+    assert "100.0 MiB" in failure.message
+
+
+def test_a_restarted_scheduler_knows_the_replicas_that_run() -> None:
+    desk = small()
+    desk.hint("m")
+    desk.loaded(running=1)
+    again = Desk(
+        deployments=desk.deployments, servers=desk.servers, workers=desk.workers, replicas=desk.replicas, now=2000.0
+    )
+    again.queue("m", 1)
+    again.start()
+    again.hint("m")
+    again.wait(5.0)
+    assert again.take(CommandLoad) == []
+    assert again.take(CommandStop) == []
+    assert len(again.take(Oriented)) == 1
+
+
+def test_nothing_is_decided_before_the_first_look() -> None:
+    core = Core(Rules(), instance="t")
+    actions = core.handle(None, 1.0)
+    assert [type(one) for one in actions] == [ReadRegistry]
+    assert core.handle(RegistryUnread(AWAY), 1.1) != []
+    assert core.deadline() == 2.0
+
+
+def test_an_outage_is_told_once_and_the_picture_stays() -> None:
+    desk = small()
+    desk.hint("m")
+    load = desk.loaded(running=1)
+    core = desk.core
+    told = []
+    for second in range(5):
+        told += [one.name for one in core.handle(RegistryUnread(AWAY), desk.now + second) if isinstance(one, Note)]
+        told += [one.name for one in core.handle(QueuesUnread(AWAY), desk.now + second) if isinstance(one, Note)]
+    assert told == ["look.failed", "look.failed"]
+    assert load.message.replica_id in core.cluster.replicas
+
+
+def test_after_a_reconnection_everything_is_looked_at_and_queues_are_made_sure_of() -> None:
+    desk = small()
+    actions = desk.core.handle(Reconnected(), desk.now + 0.01)
+    assert {ReadRegistry, ReadQueues, EnsureQueues} <= {type(one) for one in actions}
+    ensure = next(one for one in actions if isinstance(one, EnsureQueues))
+    assert ensure.slugs == tuple(desk.deployments[name].slug for name in ("m", "x"))
