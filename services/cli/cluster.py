@@ -75,8 +75,17 @@ class Plan:
     infrastructure: list[ChildPlan]
     services: list[ChildPlan]
     shm_dir: Path
+    directories: list[Path]
     dram_bytes: int
     notes: list[str] = field(default_factory=list)
+
+    def prepare(self) -> None:
+        """Make the directories that the services expect. Raises `UpError`."""
+        try:
+            for path in self.directories:
+                path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UpError(f"{error.filename} cannot be made ({error.strerror}).") from error
 
     @property
     def logs(self) -> Path:
@@ -125,6 +134,13 @@ def dram_default(memory: int, server_count: int) -> int:
     """Bytes of each server's DRAM tier: all servers together take an eighth of memory, each at most 1 GiB."""
     share = memory // 8 // server_count
     return max(LEAST_DRAM_BYTES, min(MOST_DRAM_BYTES, share // 2**20 * 2**20))
+
+
+def _ssd_share(data_dir: Path, server_count: int) -> int:
+    """Bytes of each server's SSD tier: all of them together nine tenths of what is free or theirs already."""
+    home = data_dir / "servers"
+    held = sum(path.stat().st_size for path in home.rglob("*") if path.is_file()) if home.is_dir() else 0
+    return (shutil.disk_usage(data_dir).free + held) * 9 // 10 // server_count
 
 
 def check_port(host: str, port: int, option: str) -> None:
@@ -196,6 +212,9 @@ def make(wish: Wish, programs: Mapping[str, servers.Program], environ: Mapping[s
     base["PYTHONUNBUFFERED"] = "1"
 
     children: list[ChildPlan] = []
+    directories: list[Path] = []
+    # One server alone takes what its store takes by default; several must not count the same disk several times.
+    ssd_bytes = wish.ssd_bytes or (0 if wish.servers == 1 else _ssd_share(wish.data_dir, wish.servers))
 
     def add(kind: str, name: str, **settings: str) -> None:
         environment = {**base, **{f"HEARTH_{key.upper()}": value for key, value in settings.items()}}
@@ -210,10 +229,9 @@ def make(wish: Wish, programs: Mapping[str, servers.Program], environ: Mapping[s
         server = f"server-{number}"
         home = wish.data_dir / "servers" / server
         store = {"server_id": server, "store_dir": str(home / "store"), "shm_dir": str(shm_dir / server)}
-        if wish.ssd_bytes:
-            store["ssd_bytes"] = str(wish.ssd_bytes)
-        (home / "store").mkdir(parents=True, exist_ok=True)
-        (shm_dir / server).mkdir(parents=True, exist_ok=True)
+        if ssd_bytes:
+            store["ssd_bytes"] = str(ssd_bytes)
+        directories += [home / "store", shm_dir / server]
         add("store", server, dram_bytes=str(dram_bytes), **store)
         for _ in range(wish.workers_per_server):
             worker += 1
@@ -230,6 +248,7 @@ def make(wish: Wish, programs: Mapping[str, servers.Program], environ: Mapping[s
         infrastructure=infrastructure,
         services=children,
         shm_dir=shm_dir,
+        directories=directories,
         dram_bytes=dram_bytes,
         notes=notes,
     )

@@ -11,7 +11,7 @@ LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "warn": 30, "error": 40
 # Facts that are shown elsewhere in the line, or that say nothing to a person.
 SHOWN_ELSEWHERE: Final = frozenset({"service", "id", "module", "level", "event", "timestamp", "exception", "logger"})
 # Worth a line in the log files only.
-ROUTINE: Final = frozenset({"service.ready", "service.draining", "service.stopped", "service.started"})
+ROUTINE: Final = frozenset({"service.ready", "service.draining", "service.stopped", "request.finished"})
 COLOURS: Final = (36, 35, 34, 32, 33, 96, 95, 94)
 NAME_CHARACTERS: Final = 12
 VALUE_CHARACTERS: Final = 200

@@ -329,6 +329,7 @@ def up(options: argparse.Namespace) -> int:
             ]
             programs = servers.obtain(own, data.path / "programs", screen.say)
             plan = make(wish, programs, dict(os.environ))
+            plan.prepare()
             for note in plan.notes:
                 screen.tell("hearth", note)
             workers = _plural(wish.servers * wish.workers_per_server, "worker")

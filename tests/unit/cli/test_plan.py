@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def test_one_of_everything(tmp_path: Path) -> None:
 
 
 def test_servers_have_directories_and_ids_of_their_own(tmp_path: Path) -> None:
-    children = by_name(plan_of(tmp_path, servers=2, workers_per_server=2))
+    plan = plan_of(tmp_path, servers=2, workers_per_server=2)
+    children = by_name(plan)
     workers = {name: child.environment for name, child in children.items() if child.kind == "worker"}
     assert {name: found["HEARTH_SERVER_ID"] for name, found in workers.items()} == {
         "worker-1": "server-1",
@@ -41,7 +43,9 @@ def test_servers_have_directories_and_ids_of_their_own(tmp_path: Path) -> None:
     stores = [child.environment for child in children.values() if child.kind == "store"]
     for variable in ("HEARTH_SERVER_ID", "HEARTH_STORE_DIR", "HEARTH_SHM_DIR"):
         assert len({environment[variable] for environment in stores}) == 2
-    assert all(Path(environment["HEARTH_STORE_DIR"]).is_dir() for environment in stores)
+    assert sum(int(environment["HEARTH_SSD_BYTES"]) for environment in stores) < shutil.disk_usage(tmp_path).free
+    assert {Path(environment["HEARTH_STORE_DIR"]) for environment in stores} <= set(plan.directories)
+    assert not plan.shm_dir.exists()
 
 
 def test_the_users_settings_reach_the_services_but_not_those_of_single_processes(tmp_path: Path) -> None:
