@@ -104,6 +104,7 @@ class Occupancy:
     memory_bytes: dict[str, int] = field(default_factory=dict)
     replicas: dict[str, int] = field(default_factory=dict)
     held: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    leaving: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def add(self, one: Occupant, sign: int = 1) -> None:
         """Count an occupant (or, with sign -1, stop counting it)."""
@@ -116,9 +117,28 @@ class Occupancy:
             if entry[0] <= 0:
                 del keys[one.key]
 
+    def promise(self, room: Room, victims: list[Occupant]) -> None:
+        """Hold back what the newcomer needs beyond what its victims, who are counted still, will give back."""
+        memory, count, freed = 0, 0, 0
+        for one in victims:
+            if one.worker_id == room.worker_id:
+                memory, count = memory + one.memory_bytes, count + 1
+            if one.weight_bytes > 0:
+                gone = self.leaving.setdefault(one.server_id, {})
+                gone[one.key] = gone.get(one.key, 0) + 1
+                if gone[one.key] == self.held[one.server_id][one.key][0]:
+                    freed += one.weight_bytes
+        id = room.worker_id
+        self.memory_bytes[id] = self.memory_bytes.get(id, 0) + max(0, room.memory_bytes - memory)
+        self.replicas[id] = self.replicas.get(id, 0) + max(0, 1 - count)
+        if not self.holds(room.server_id, room.key) and room.weight_bytes > freed:
+            keys = self.held.setdefault(room.server_id, {})
+            keys[f"room:{room.deployment}"] = [1, room.weight_bytes - freed]
+
     def holds(self, server_id: str, key: str) -> bool:
-        """Whether somebody on this server keeps the checkpoint in DRAM."""
-        return key in self.held.get(server_id, {})
+        """Whether somebody on this server keeps the checkpoint in DRAM, and is not leaving to make room."""
+        entry = self.held.get(server_id, {}).get(key)
+        return entry is not None and entry[0] > self.leaving.get(server_id, {}).get(key, 0)
 
     def pool_bytes(self, server_id: str) -> int:
         """Bytes of the server's DRAM pool that cannot be evicted."""
@@ -190,7 +210,7 @@ class Cluster:
         self.ready_at.pop(id, None)
         self._said_at.pop(id, None)
         self._planned_bytes.pop(id, None)
-        if one.weight_bytes and not self.occupancy().holds(one.server_id, one.key):
+        if one.weight_bytes and one.key not in self.occupancy().held.get(one.server_id, {}):
             self._released.setdefault(one.server_id, []).append((one.weight_bytes, now + RELEASE_S))
         return record
 
@@ -301,19 +321,10 @@ class Cluster:
             load = self.loads[id]
             sums.add(Occupant(id, load.worker_id, load.server_id, load.memory_bytes, load.key, load.weight_bytes))
         for name in sorted(self.rooms):
-            room = self.rooms[name]
-            if name == but_for:
-                continue
-            # Those who leave still count, so only what exceeds them is held back for the newcomer.
-            leaving = [self._occupant(self.replicas[id]) for id in room.victims if id in self.replicas]
-            memory = sum(one.memory_bytes for one in leaving if one.worker_id == room.worker_id)
-            if not any(one.worker_id == room.worker_id for one in leaving):
-                sums.replicas[room.worker_id] = sums.replicas.get(room.worker_id, 0) + 1
-            more = max(0, room.memory_bytes - memory)
-            sums.memory_bytes[room.worker_id] = sums.memory_bytes.get(room.worker_id, 0) + more
-            weight = max(0, room.weight_bytes - sum(one.weight_bytes for one in leaving))
-            if weight and not sums.holds(room.server_id, room.key):
-                sums.held.setdefault(room.server_id, {})[f"room:{name}"] = [1, weight]
+            if name != but_for:
+                room = self.rooms[name]
+                victims = [self._occupant(self.replicas[id]) for id in room.victims if id in self.replicas]
+                sums.promise(room, victims)
         return sums
 
     def occupant(self, replica_id: str) -> Occupant:
