@@ -107,6 +107,7 @@ class Shared:
 
 
 async def _stamp(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers["Server"] = "hearth"
     given = request.headers.get("x-request-id", "")
     call_id = response.headers.get(REQUEST_ID_HEADER)
     if _REQUEST_ID.fullmatch(given):
