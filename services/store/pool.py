@@ -87,6 +87,8 @@ class Pool:
     def close(self) -> None:
         """Unlink the file and unmap it. Whoever has it mapped keeps the bytes until it unmaps them too."""
         self.path.unlink(missing_ok=True)
-        self.memory.release()
-        self._map.close()
+        # The traceback of a failed read may still hold a view; then the end of the process unmaps.
+        with contextlib.suppress(BufferError):
+            self.memory.release()
+            self._map.close()
         os.close(self._file)
