@@ -151,6 +151,14 @@ CLI_VARIABLES: Final[dict[str, str]] = {
     "HEARTH_DATA_DIR": "where `hearth up` keeps its data; default .hearth",
 }
 
+# Read by `compose.yaml` when it is brought up; known here so that they may stand in the same shell.
+COMPOSE_VARIABLES: Final[dict[str, str]] = {
+    "HEARTH_IMAGE": "name of the image that compose.yaml builds and runs; default hearth:local",
+    "HEARTH_WHEELS": "a directory of wheels for the build of the image, such as a CPU build of torch",
+    "HEARTH_BIND": "address at which compose.yaml publishes the HTTP API; default 127.0.0.1",
+    "HEARTH_PORT": "port at which compose.yaml publishes the HTTP API; default 8080",
+}
+
 
 def variable(field: str) -> str:
     """The environment variable of a field."""
@@ -174,7 +182,8 @@ def _description(hint: Any) -> str:
 
 def known_variables() -> set[str]:
     """Every variable that some part of Hearth reads."""
-    return {name for kind in SERVICES.values() for name, _, _ in fields(kind)} | set(CLI_VARIABLES)
+    services = {name for kind in SERVICES.values() for name, _, _ in fields(kind)}
+    return services | set(CLI_VARIABLES) | set(COMPOSE_VARIABLES)
 
 
 def load(kind: type[S], environ: Mapping[str, str] | None = None) -> S:

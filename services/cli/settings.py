@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 
-from shared.settings import CLI_VARIABLES, SERVICES, CommonSettings, fields
+from shared.settings import CLI_VARIABLES, COMPOSE_VARIABLES, SERVICES, CommonSettings, fields
 
 
 def table() -> dict[str, list[tuple[str, str, str]]]:
-    """Group → (variable, default, description); the groups are `all services`, each service, and the command line."""
+    """Group → (variable, default, description); the groups are `all services`, each service, the command line, compose."""
     common = {name for name, _, _ in fields(CommonSettings)}
     groups = {"every service": [(name, str(default), text) for name, default, text in fields(CommonSettings)]}
     for service, kind in SERVICES.items():
         groups[service] = [(name, str(default), text) for name, default, text in fields(kind) if name not in common]
     groups["command line"] = [(name, "", text) for name, text in CLI_VARIABLES.items()]
+    groups["compose.yaml"] = [(name, "", text) for name, text in COMPOSE_VARIABLES.items()]
     return groups
 
 
