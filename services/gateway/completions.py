@@ -16,7 +16,7 @@ from services.gateway import sse
 from services.gateway.answers import json_answer, read_json_body, refuse
 from services.gateway.buffer import CallBuffer, Piece
 from services.gateway.core import Conclude, Deliver, Fail, Inform
-from services.gateway.limits import Limits, OpenCalls
+from services.gateway.limits import Limits, OpenRequests
 from services.gateway.openai import (
     REQUEST_ID_HEADER,
     ModelList,
@@ -57,7 +57,7 @@ class Completions:
         self._gateway = gateway
         settings = gateway.settings
         self._limits = Limits(max_choices=settings.max_choices, max_requests=settings.max_choices)
-        self._open = OpenCalls(max_open=settings.max_open_requests, max_open_per_client=0)
+        self._open = OpenRequests(max_open=settings.max_open_requests, max_open_per_client=0)
 
     async def models(self, _: web.Request) -> web.Response:
         """What is deployed."""
@@ -93,7 +93,8 @@ class Completions:
         if refused is not None or record is None:
             return refuse(refused or Failure(code=Code.UNKNOWN_MODEL, message="The model does not exist."))
         client = request.remote or ""
-        full = self._open.enter(client)
+        count = call.choices * len(call.prompts)
+        full = self._open.enter(client, count)
         if full is not None:
             return refuse(full)
         try:
@@ -112,7 +113,7 @@ class Completions:
             finally:
                 gateway.close(buffer)
         finally:
-            self._open.leave(client)
+            self._open.leave(client, count)
 
     async def _whole(self, call_id: str, buffer: CallBuffer, rendering: Rendering) -> web.Response:
         while not rendering.finished:

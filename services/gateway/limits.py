@@ -29,41 +29,41 @@ class Limits:
 
 
 @dataclass(slots=True)
-class OpenCalls:
-    """Counts open calls, of everybody and of each client. A bound of 0 means no bound."""
+class OpenRequests:
+    """Counts open requests, of everybody and of each client. A bound of 0 means no bound."""
 
     max_open: int
     max_open_per_client: int
     total: int = 0
     _by_client: dict[str, int] = field(default_factory=dict)
 
-    def enter(self, client: str) -> Failure | None:
-        """Count one more call of this client, or say why not."""
-        if self.max_open and self.total >= self.max_open:
+    def enter(self, client: str, count: int) -> Failure | None:
+        """Count `count` more requests of this client, or say why not."""
+        if self.max_open and self.total + count > self.max_open:
             return Failure(
                 code=Code.RATE_LIMITED,
-                message=f"This gateway already has its limit of {self.max_open} open calls.",
+                message=f"This gateway already has its limit of {self.max_open} open requests.",
                 retry_after_s=1.0,
             )
         mine = self._by_client.get(client, 0)
-        if self.max_open_per_client and mine >= self.max_open_per_client:
+        if self.max_open_per_client and mine + count > self.max_open_per_client:
             return Failure(
                 code=Code.RATE_LIMITED,
-                message=f"This client already has its limit of {self.max_open_per_client} open calls.",
+                message=f"This client already has its limit of {self.max_open_per_client} open requests.",
                 retry_after_s=1.0,
             )
-        self._by_client[client] = mine + 1
-        self.total += 1
+        self._by_client[client] = mine + count
+        self.total += count
         return None
 
-    def leave(self, client: str) -> None:
-        """One call of this client is over."""
-        mine = self._by_client[client] - 1
+    def leave(self, client: str, count: int) -> None:
+        """That many requests of this client are over."""
+        mine = self._by_client[client] - count
         if mine:
             self._by_client[client] = mine
         else:
             del self._by_client[client]
-        self.total -= 1
+        self.total -= count
 
     def check(self) -> None:
         """The sum is the sum of the parts; nobody is kept at zero."""

@@ -612,14 +612,6 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens_details: PromptDetails
 
 
-class Hearth(msgspec.Struct, frozen=True, kw_only=True):
-    """Hearth's own part of an answer: the ledger of the first choice, and of all when there are several."""
-
-    request_id: str
-    ledger: dict[str, Any]
-    ledgers: list[dict[str, Any]] | UnsetType = UNSET
-
-
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """A whole answer or one event of a stream."""
 
@@ -629,7 +621,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     choices: Sequence[ChatChoice | ChatChunkChoice | TextChoice]
     usage: Usage | UnsetType | None = UNSET
-    hearth: Hearth | UnsetType = UNSET
+    hearth: dict[str, Any] | UnsetType = UNSET
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -725,7 +717,7 @@ class Rendering:
     def _event(
         self,
         choices: Sequence[ChatChunkChoice | TextChoice],
-        hearth: Hearth | UnsetType = UNSET,
+        hearth: dict[str, Any] | UnsetType = UNSET,
         *,
         usage: bool = False,
     ) -> bytes:
@@ -841,13 +833,13 @@ class Rendering:
         end = self._choices[0].end
         return Ledger() if end is None else end.ledger
 
-    def _hearth(self) -> Hearth:
+    def _hearth(self) -> dict[str, Any]:
+        """Hearth's own part: the ledger of the first choice, every field of it, and of all when there are several."""
         ledgers = [
-            msgspec.structs.asdict(choice.end.ledger if choice.end is not None else Ledger())
-            for choice in self._choices
+            msgspec.structs.asdict(Ledger() if choice.end is None else choice.end.ledger) for choice in self._choices
         ]
-        several: list[dict[str, Any]] | UnsetType = ledgers if len(ledgers) > 1 else UNSET
-        return Hearth(request_id=self._request_id, ledger=ledgers[0], ledgers=several)
+        several = {"ledgers": ledgers} if len(ledgers) > 1 else {}
+        return {"request_id": self._request_id, **ledgers[0], **several}
 
 
 def ledger_headers(request_id: str, ledger: Ledger) -> dict[str, str]:

@@ -243,7 +243,8 @@ class Gateway:
         if not self._buffers:
             self._all_closed.set()
         if not buffer.over:
-            self._driver.post(ClientLeft(buffer.call_id))
+            with contextlib.suppress(HearthError):  # the inbox is full: the budget ends the call
+                self._driver.post(ClientLeft(buffer.call_id))
 
     # -- messages → events --------------------------------------------------------------------------------------------
 
@@ -266,6 +267,12 @@ class Gateway:
     # -- actions → effects --------------------------------------------------------------------------------------------
 
     def _tell(self, action: Action) -> None:
+        try:
+            self._carry_out(action)
+        except HearthError as error:  # an outbox or inbox is full: what is lost here, a timer of the core repeats
+            self._log.warning("action.dropped", action=type(action).__name__, error=error.failure.message)
+
+    def _carry_out(self, action: Action) -> None:
         match action:
             case Deliver():
                 if action.gap_s is not None:

@@ -90,7 +90,7 @@ async def test_a_stream(nats_url: str, redis_url: str, prefix: str) -> None:
         last = events(found)[-1]
         assert last["choices"] == []
         assert last["usage"]["total_tokens"] == 9
-        assert last["hearth"]["ledger"]["read_s"] == 0.125
+        assert last["hearth"]["read_s"] == 0.125
         await settled(it)
 
 
@@ -103,7 +103,7 @@ async def test_the_ledger_by_header_and_the_clients_own_ids(nats_url: str, redis
         async with it.post("/v1/chat/completions", chat_body(), headers=headers) as response:
             body = await response.json()
             assert response.headers["x-request-id"] == "mine-1"
-        assert body["hearth"]["ledger"]["tier"] == "ssd"
+        assert body["hearth"]["tier"] == "ssd"
         assert worker.works[0].request.traceparent == trace
         headers = {"x-request-id": "not an id!", "traceparent": "nonsense"}
         async with it.post("/v1/chat/completions", chat_body(), headers=headers) as response:
@@ -319,7 +319,7 @@ async def test_a_dead_workers_request_is_resumed_by_another(nats_url: str, redis
         assert second.works[0].claimed.epoch == 2
         assert second.works[0].claimed.token_ids == (0, 1)
         assert second.works[0].delivery.delivery == 2
-        assert events(found)[-1]["hearth"]["ledger"]["recoveries"] == 1
+        assert events(found)[-1]["hearth"]["recoveries"] == 1
         first.frame(first.works[0], 2, "never seen")
         await settled(it)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from services.gateway import sse
-from services.gateway.limits import OpenCalls
+from services.gateway.limits import OpenRequests
 from shared.contracts.residency import Progress
 from shared.errors import Code
 
@@ -36,19 +36,19 @@ def test_progress_for_a_person(progress: Progress, words: str) -> None:
     assert sse.describe(progress) == words
 
 
-def test_open_calls_are_bounded_and_counted_down() -> None:
-    calls = OpenCalls(max_open=3, max_open_per_client=2)
-    assert calls.enter("a") is None
-    assert calls.enter("a") is None
-    refused = calls.enter("a")
+def test_open_requests_are_bounded_and_counted_down() -> None:
+    requests = OpenRequests(max_open=6, max_open_per_client=4)
+    assert requests.enter("a", 1) is None
+    assert requests.enter("a", 3) is None
+    refused = requests.enter("a", 1)
     assert refused is not None
     assert refused.code is Code.RATE_LIMITED
-    assert calls.enter("b") is None
-    assert calls.enter("c") is not None
-    calls.check()
-    calls.leave("a")
-    assert calls.enter("c") is None
-    for client in "abc":
-        calls.leave(client)
-        calls.check()
-    assert calls.total == 0
+    assert requests.enter("b", 2) is None
+    assert requests.enter("c", 1) is not None
+    requests.check()
+    requests.leave("a", 3)
+    assert requests.enter("c", 3) is None
+    for client, count in (("a", 1), ("b", 2), ("c", 3)):
+        requests.leave(client, count)
+        requests.check()
+    assert requests.total == 0
