@@ -560,7 +560,7 @@ class GatewayCore:
             self._fail_call(call, end.failure, now, out)
             return
         reason = end.reason
-        if live.state is State.INTERRUPTED or end.index != len(live.tokens) or reason is None:
+        if end.index != len(live.tokens) or reason is None:
             # Frames are missing, and the worker has acknowledged the queue's message: only a new one can help.
             self._republish(live, now, out)
             return

@@ -211,6 +211,16 @@ def test_a_silent_owner_is_asked_for_the_request_and_then_it_is_published_again(
     assert out == [c.Unqueue(17), c.Publish("m-1", request("a"), 1)]
 
 
+def test_an_end_that_was_only_late_is_an_end() -> None:
+    bench = Bench()
+    bench.admit()
+    bench.claim()
+    bench.frame(0)
+    bench.do(None, CONFIG.quiet_s)
+    bench.end(1)
+    assert bench.concluded == [("a", 0)]
+
+
 def test_an_owner_that_speaks_is_not_silent() -> None:
     bench = Bench()
     bench.admit()
