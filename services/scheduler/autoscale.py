@@ -38,8 +38,9 @@ class Victim:
 def victims(cluster: Cluster, deployment: str, now: float, *, min_ready_s: float) -> list[Victim]:
     """Idle replicas of other deployments, those that leave enough behind first, then idle longest first, then by id.
 
-    A replica that runs a request, or became ready less than `min_ready_s` seconds ago, stays: else it would be loaded
-    only to be evicted. So does one whose deployment has requests outstanding that the others could not take.
+    A replica that runs a request stays. So does one that became ready less than `min_ready_s` seconds ago and has
+    answered nobody yet: else it would be loaded only to be evicted. So does one whose deployment has
+    requests outstanding that the others could not take.
     """
     found: list[Victim] = []
     for name, record in sorted(cluster.deployments.items()):
@@ -74,12 +75,10 @@ def desired_replicas_for(spec: DeploymentSpec, outstanding: int) -> int:
 
 
 def evictable(cluster: Cluster, replica: ReplicaRecord, now: float, *, min_ready_s: float) -> bool:
-    """Whether a replica is idle and has been ready long enough to be evicted."""
-    return (
-        replica.state is ReplicaState.READY
-        and replica.running == 0
-        and now - cluster.ready_at.get(replica.replica_id, now) >= min_ready_s
-    )
+    """Whether a replica is idle, and has been of use or ready for long enough to be evicted."""
+    if replica.state is not ReplicaState.READY or replica.running > 0:
+        return False
+    return replica.finished_requests > 0 or now - cluster.ready_at.get(replica.replica_id, now) >= min_ready_s
 
 
 def superfluous(cluster: Cluster, name: str, now: float) -> list[ReplicaRecord]:

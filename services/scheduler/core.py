@@ -74,8 +74,8 @@ class Rules:
 
     `queues_interval_s`: between two makings sure of all queues. `quick_look_s`: how soon the queues are read again
     after a hint that might ask for more replicas. `command_s`: a command without visible effect is forgotten after it.
-    `min_ready_s`: a replica younger than this is not evicted. `stop_retry_s`: after a refused stop. `first_backoff_s`,
-    `most_backoff_s`, `most_failures`: see `Trouble`. `patience_s`: how long a model for which no server is large enough
+    `min_ready_s`: a replica younger than this that has answered nobody yet is not evicted. `stop_retry_s`: after a
+    refused stop. `first_backoff_s`, `most_backoff_s`, `most_failures`: see `Trouble`. `patience_s`: how long a model for which no server is large enough
     may wait for one before its requests fail. `word_s`: how long the word of a worker is waited for when a replica went
     away while it was loading. `forget_s`: how long old failures are remembered.
     """
@@ -290,6 +290,8 @@ class Core:
         self.cluster.touched(event.kind, event.id, now)
         self.cluster.put(event.record, now)
         self._cured(now, out)
+        if isinstance(event.record, ReplicaRecord) and event.record.running == 0 and self._wanting_since:
+            self._read_queues_soon(now)  # somebody waits, and perhaps nobody needs this one any more
 
     def _gone(self, kind: str, id: str, now: float, out: list[Action]) -> None:
         self.cluster.touched(kind, id, now)
@@ -312,8 +314,7 @@ class Core:
         have = len(cluster.serving(name)) + len(cluster.coming(name))
         if have < record.spec.max_replicas:
             # One replica may not be enough for all that is being asked; the queues know.
-            soon = max(now, self._queues_asked_at) + self.rules.quick_look_s
-            self._queues_due = min(self._queues_due, soon)
+            self._read_queues_soon(now + self.rules.quick_look_s)
             self._wake = min(self._wake, self._queues_due)
         if have >= 1:
             return False
@@ -429,6 +430,10 @@ class Core:
             out.append(Note("look.recovered", {"what": what}))
 
     # -- looks ---------------------------------------------------------------------------------------------------
+
+    def _read_queues_soon(self, at: float) -> None:
+        """Have the queues read at `at`, but not more often than every `quick_look_s`."""
+        self._queues_due = min(self._queues_due, max(at, self._queues_asked_at + self.rules.quick_look_s))
 
     def _look(self, now: float, out: list[Action]) -> None:
         rules = self.rules

@@ -112,6 +112,7 @@ def replica(
     running: int = 0,
     idle_s: float = 0.0,
     memory: float = 0,
+    finished: int = 0,
     revision: str = "",
 ) -> ReplicaRecord:
     """A replica on a worker, of the deployment's present revision."""
@@ -127,4 +128,5 @@ def replica(
         running=running,
         idle_s=idle_s,
         memory_bytes=int(memory * MIB),
+        finished_requests=finished,
     )

@@ -89,6 +89,7 @@ def decide(text: str) -> str:
                         running=int(given.get("running", 0)),
                         idle_s=float(given.get("idle", 0)),
                         memory=float(given.get("memory", 0)),
+                        finished=int(given.get("finished", 0)),
                     ),
                     NOW,
                 )
