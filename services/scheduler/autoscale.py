@@ -75,10 +75,15 @@ def desired_replicas_for(spec: DeploymentSpec, outstanding: int) -> int:
 
 
 def evictable(cluster: Cluster, replica: ReplicaRecord, now: float, *, min_ready_s: float) -> bool:
-    """Whether a replica is idle, and has been of use or ready for long enough to be evicted."""
+    """Whether a replica is idle, and has been of use or ready for long enough to be evicted.
+
+    It has been of use when it has answered somebody, or when its queue was found empty after it had become ready.
+    """
     if replica.state is not ReplicaState.READY or replica.running > 0:
         return False
-    return replica.finished_requests > 0 or now - cluster.ready_at.get(replica.replica_id, now) >= min_ready_s
+    ready_at = cluster.ready_at.get(replica.replica_id, now)
+    served = cluster.depths_asked_at > ready_at and cluster.outstanding(replica.deployment) == 0
+    return replica.finished_requests > 0 or served or now - ready_at >= min_ready_s
 
 
 def superfluous(cluster: Cluster, name: str, now: float) -> list[ReplicaRecord]:

@@ -6,6 +6,7 @@ replicas and commands, never from a device's own "used" figure, which lags behin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
@@ -158,6 +159,7 @@ class Cluster:
         self.stops: dict[str, PendingStop] = {}
         self.rooms: dict[str, Room] = {}
         self.depths: dict[str, int] = {}
+        self.depths_asked_at = -math.inf
         self.hinted_at: dict[str, float] = {}
         self.ready_at: dict[str, float] = {}
         self._said_at: dict[str, float] = {}
@@ -252,6 +254,7 @@ class Cluster:
 
     def put_depths(self, depths: dict[str, int], asked_at: float) -> None:
         """Take over the queues' depths (by slug) as they were read at `asked_at`; later hints stand."""
+        self.depths_asked_at = asked_at
         names = {record.slug: name for name, record in self.deployments.items()}
         self.depths = {names[slug]: count for slug, count in depths.items() if slug in names}
         self.hinted_at = {name: at for name, at in self.hinted_at.items() if at > asked_at}

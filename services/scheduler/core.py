@@ -75,9 +75,9 @@ class Rules:
     `queues_interval_s`: between two makings sure of all queues. `quick_look_s`: how soon the queues are read again
     after a hint that might ask for more replicas. `command_s`: a command without visible effect is forgotten after it.
     `min_ready_s`: a replica younger than this that has answered nobody yet is not evicted. `stop_retry_s`: after a
-    refused stop. `first_backoff_s`, `most_backoff_s`, `most_failures`: see `Trouble`. `patience_s`: how long a model for which no server is large enough
-    may wait for one before its requests fail. `word_s`: how long the word of a worker is waited for when a replica went
-    away while it was loading. `forget_s`: how long old failures are remembered.
+    refused stop. `first_backoff_s`, `most_backoff_s`, `most_failures`: see `Trouble`. `patience_s`: how long a model
+    for which no server is large enough may wait for one before its requests fail. `word_s`: how long the word of a
+    worker is waited for when a replica went away while it was loading. `forget_s`: how long old failures are remembered.
     """
 
     look_interval_s: float = 1.0
@@ -711,7 +711,12 @@ class Core:
         name, reasons = decision.deployment, decision.reasons()
         # What is short may change with every byte; the log wants to know when the kind of the reason changes.
         kinds = decision.outcome.value + "".join(one.refused.split(" ")[0] for one in decision.candidates)
-        if self._deferred.get(name) != kinds:
+        changed = self._deferred.get(name) != kinds
+        # Perhaps somebody is idle by now, which the queues know first.
+        self._read_queues_soon(now if changed else self._queues_asked_at + 0.25 * self.rules.look_interval_s)
+        if not self._queues_asked:
+            self._wake = min(self._wake, self._queues_due)
+        if changed:
             self._deferred[name] = kinds
             self.counts.deferrals += 1
             self.decisions.append(decision)

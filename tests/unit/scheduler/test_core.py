@@ -171,17 +171,27 @@ def test_whoever_waits_longest_is_served_first() -> None:
     assert desk.only(CommandLoad).message.deployment == "m"
 
 
-def test_a_replica_that_has_just_become_ready_is_not_evicted_yet() -> None:
-    desk = small(Rules(min_ready_s=1.0))
+def test_a_replica_that_has_just_become_ready_is_not_evicted_while_somebody_waits_for_it() -> None:
+    desk = small()
+    desk.queue("x", 1)
     desk.hint("x")
     desk.loaded()
-    desk.wait(0.3)
-    desk.depths.clear()
     desk.queue("m", 1)
     desk.hint("m")
-    desk.wait(0.5)
+    desk.wait(5.0)
     assert desk.take(CommandStop) == []
-    desk.wait(0.5)
+
+
+def test_a_replica_whose_queue_is_empty_is_evicted_before_its_record_says_that_it_has_served() -> None:
+    desk = small(Rules(min_ready_s=1.0, quick_look_s=0.1))
+    desk.queue("x", 1)
+    desk.hint("x")
+    desk.loaded()
+    desk.wait(0.2)
+    desk.queue("x", 0)
+    desk.queue("m", 1)
+    desk.hint("m")
+    desk.wait(0.15)
     assert desk.only(CommandStop).message.reason == "evicted"
 
 
