@@ -132,6 +132,20 @@ crash_of_the_worker() { # kill -9 while it streams: the client reads on, and rea
     cmp "$work/whole.text" "$work/broken.text" || return 1
     until_ok 60 restarted "$worker" "$before"
 }
+stop_of_the_worker() { # `stop` while it streams: the stream is finished first, and the service ends in order
+    local worker reader
+    worker=$(worker_of_demo)
+    [ -n "$worker" ] || { echo "        no replica of demo is ready"; return 1; }
+    chat "$LONG" "$work/drained" &
+    reader=$!
+    until_ok 30 frames_in "$work/drained" 10 || { echo "        the stream did not begin"; kill "$reader"; return 1; }
+    quiet dc stop "$worker" || return 1
+    wait "$reader" || { echo "        the stream broke off"; return 1; }
+    text_of "$work/drained" > "$work/drained.text" || { tail -c 600 "$work/drained"; return 1; }
+    cmp "$work/whole.text" "$work/drained.text" || return 1
+    [ "$(engine inspect --format '{{.State.ExitCode}}' "$(container "$worker")")" = 0 ] || return 1
+    quiet dc start "$worker"
+}
 crash_of_the_stores() {
     local name before=()
     for name in store-1 store-2; do before+=("$(restarts "$name")"); kill_processes "$name"; done
@@ -183,6 +197,10 @@ say "kill -9 of the worker while it streams"
 check "the stream goes on and is the same as an undisturbed one" crash_of_the_worker
 check "the worker comes back" until_ok 60 healthy worker-1 worker-2
 check "it answers again" answers
+
+say "stop of the worker while it streams"
+check "the stream is finished, the worker ends with 0" stop_of_the_worker
+check "the worker comes back" until_ok 60 healthy worker-1 worker-2
 
 say "kill -9 of both stores"
 check "they come back" crash_of_the_stores
