@@ -6,13 +6,14 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 from aiohttp import ClientConnectionResetError, web
 
 from services.gateway.answers import json_answer, read_json_body
-from services.gateway.openai import bad, decode_json, error_body
+from services.gateway.openai import bad, decode_json
+from services.gateway.rendering import error_body
 from services.gateway.service import Gateway
 from shared.contracts.placement import Delete, Deploy, Deployed, Deploying
 from shared.contracts.records import DeploymentRecord, DeploymentSpec
@@ -49,6 +50,23 @@ class Deleted(msgspec.Struct, frozen=True):
     """The answer to a delete."""
 
     deleted: str
+
+
+def plain(value: Any) -> Any:
+    """A contract as JSON's values with every field in it: a program that reads should not need to know the defaults."""
+    if isinstance(value, msgspec.Struct):
+        tag = value.__struct_config__.tag
+        fields = {name: plain(getattr(value, name)) for name in value.__struct_fields__}
+        return fields if tag is None else {"type": tag, **fields}
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+def _json(value: Any) -> bytes:
+    return msgspec.json.encode(plain(value))
 
 
 def read_spec(body: bytes) -> DeploymentSpec:
@@ -116,7 +134,7 @@ class Admin:
         if "application/x-ndjson" not in request.headers.get("Accept", ""):
             async for step in steps:
                 if isinstance(step, Deployed):
-                    return json_answer(msgspec.json.encode(DeploymentLine(step.record)))
+                    return json_answer(_json(DeploymentLine(step.record)))
             raise AssertionError("a deploy ends with Deployed or an error")
         first = await anext(steps)  # a refusal at once gets its own status
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
@@ -154,7 +172,7 @@ class Admin:
     async def list(self, _: web.Request) -> web.Response:
         """All deployments."""
         await self._gateway.look()
-        return json_answer(msgspec.json.encode(DeploymentList(self._gateway.deployments())))
+        return json_answer(_json(DeploymentList(self._gateway.deployments())))
 
     async def get(self, request: web.Request) -> web.Response:
         """One deployment."""
@@ -163,24 +181,22 @@ class Admin:
         record = await self._gateway.deployment(name)
         if record is None:
             raise HearthError(Code.UNKNOWN_MODEL, f"No deployment is called {name!r}.")
-        return json_answer(msgspec.json.encode(DeploymentLine(record)))
+        return json_answer(_json(DeploymentLine(record)))
 
     async def delete(self, request: web.Request) -> web.Response:
         """Remove a deployment."""
         name = check_name(request.match_info["name"])
         await self._gateway.bus.call(DELETE, Delete(deployment=name))
         await self._gateway.look()
-        return json_answer(msgspec.json.encode(Deleted(name)))
+        return json_answer(_json(Deleted(name)))
 
     async def cluster(self, _: web.Request) -> web.Response:
         """Everything that the registry and the queues say."""
-        return json_answer(msgspec.json.encode(await self._gateway.view()))
+        return json_answer(_json(await self._gateway.view()))
 
 
 def _line(step: Deploying | Deployed) -> bytes:
-    return msgspec.json.encode(
-        DeploymentLine(step.record) if isinstance(step, Deployed) else ProgressLine(step.progress)
-    )
+    return _json(DeploymentLine(step.record) if isinstance(step, Deployed) else ProgressLine(step.progress))
 
 
 async def _write_line(response: web.StreamResponse, line: bytes) -> None:

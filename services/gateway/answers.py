@@ -7,7 +7,8 @@ from typing import Final
 
 from aiohttp import web
 
-from services.gateway.openai import bad, error_body, error_headers
+from services.gateway.openai import bad
+from services.gateway.rendering import error_body, error_headers
 from shared.errors import Code, Failure, HearthError
 
 BODY_TIMEOUT_S: Final = 60.0

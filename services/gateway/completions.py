@@ -17,17 +17,8 @@ from services.gateway.answers import json_answer, read_json_body, refuse
 from services.gateway.buffer import CallBuffer, Piece
 from services.gateway.core import Conclude, Deliver, Fail, Inform
 from services.gateway.limits import Limits, OpenRequests
-from services.gateway.openai import (
-    REQUEST_ID_HEADER,
-    ModelList,
-    Rendering,
-    admit,
-    error_body,
-    ledger_headers,
-    model_card,
-    read_chat,
-    read_completion,
-)
+from services.gateway.openai import admit, read_chat, read_completion
+from services.gateway.rendering import REQUEST_ID_HEADER, ModelList, Rendering, error_body, ledger_headers, model_card
 from services.gateway.service import Gateway
 from shared.errors import Code, Failure, HearthError
 

@@ -12,7 +12,7 @@ from prometheus_client import Counter
 
 from services.gateway import admin, completions
 from services.gateway.answers import refuse
-from services.gateway.openai import REQUEST_ID_HEADER
+from services.gateway.rendering import REQUEST_ID_HEADER
 from services.gateway.service import Gateway
 from shared import metrics
 from shared.errors import Code, Failure, HearthError

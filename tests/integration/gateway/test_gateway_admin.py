@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 
 from shared.bus import Reply
 from shared.contracts.placement import Delete, Deploy, Deployed, Deploying
-from shared.contracts.records import DeploymentRecord, DeploymentSpec, DeploymentState
+from shared.contracts.records import ClusterView, DeploymentRecord, DeploymentSpec, DeploymentState
 from shared.contracts.residency import Done, Progress, Source
 from shared.errors import Code, Failure
 from shared.slug import slug
@@ -96,6 +97,9 @@ async def test_deploy_list_get_delete(nats_url: str, redis_url: str, prefix: str
             view = await response.json()
         assert [record["gateway_id"] for record in view["gateways"]] == ["g1"]
         assert view["queue_depths"] == {"org/m": 0}
+        assert view["workers"] == [], "every field is there"
+        assert view["deployments"][0]["spec"]["min_replicas"] == 0
+        assert msgspec.convert(view, ClusterView).gateways[0].gateway_id == "g1"
         async with it.http.delete(it.url + "/v1/admin/deployments/org%2Fm") as response:
             assert (response.status, await response.json()) == (200, {"deleted": "org/m"})
         assert scheduler.deleted == ["org/m"]

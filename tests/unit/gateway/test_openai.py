@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from services.gateway import openai as o
+from services.gateway import rendering as r
 from services.gateway.limits import Limits
 from shared.contracts.generation import End, FinishReason, Frame, Ledger, Logprobs, TokenLogprob, Usage
 from shared.contracts.records import DeploymentRecord, DeploymentSpec, DeploymentState
@@ -396,7 +397,7 @@ def test_admission() -> None:
 
 def test_errors_have_openais_form() -> None:
     def body(failure: Failure) -> dict[str, Any]:
-        error: dict[str, Any] = json.loads(o.error_body(failure))["error"]
+        error: dict[str, Any] = json.loads(r.error_body(failure))["error"]
         return error
 
     assert body(Failure(code=Code.UNKNOWN_MODEL, message="No.", param="model")) == {
@@ -411,9 +412,9 @@ def test_errors_have_openais_form() -> None:
 
 
 def test_error_headers_say_when_to_come_back() -> None:
-    headers = o.error_headers(Failure(code=Code.QUEUE_FULL, message="x", retry_after_s=2.1))
+    headers = r.error_headers(Failure(code=Code.QUEUE_FULL, message="x", retry_after_s=2.1))
     assert headers == {"x-should-retry": "true", "Retry-After": "3"}
-    assert o.error_headers(Failure(code=Code.INVALID_REQUEST, message="x")) == {"x-should-retry": "false"}
+    assert r.error_headers(Failure(code=Code.INVALID_REQUEST, message="x")) == {"x-should-retry": "false"}
 
 
 def frame(index: int, words: str, positions: tuple[Logprobs, ...] = ()) -> Frame:
@@ -432,8 +433,8 @@ def end(completion_tokens: int, held_back: str = "", reason: FinishReason = Fini
     )
 
 
-def rendering(call: o.Call) -> o.Rendering:
-    return o.Rendering(call, request_id="q", created_s=1)
+def rendering(call: o.Call) -> r.Rendering:
+    return r.Rendering(call, request_id="q", created_s=1)
 
 
 def loads(data: bytes | None) -> dict[str, Any]:
@@ -557,7 +558,7 @@ def test_completion_log_probabilities_have_running_offsets() -> None:
 
 
 def test_ledger_headers() -> None:
-    headers = o.ledger_headers("q", Ledger(cold=True, tier="ssd", queue_s=1.25, read_s=0.5))
+    headers = r.ledger_headers("q", Ledger(cold=True, tier="ssd", queue_s=1.25, read_s=0.5))
     assert headers["x-hearth-queue-ms"] == "1250.0"
     assert headers["x-hearth-read-ms"] == "500.0"
     assert headers["x-hearth-cold"] == "true"
@@ -566,5 +567,5 @@ def test_ledger_headers() -> None:
 
 
 def test_a_model_card() -> None:
-    card = o.model_card(record())
+    card = r.model_card(record())
     assert (card.id, card.object, card.created, card.owned_by) == ("m", "model", 5, "hearth")
