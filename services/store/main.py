@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import sys
+from functools import partial
 from pathlib import Path
 
 from services.store.allocator import Allocator
@@ -37,7 +39,9 @@ async def serve(context: Context[StoreSettings]) -> None:
         )
     tier = SsdTier(Path(settings.store_dir))
     try:
-        stored, refused = tier.scan()
+        # On a thread: a large pool takes seconds to touch, and the bus must be answered meanwhile.
+        loop = asyncio.get_running_loop()
+        stored, refused = await loop.run_in_executor(None, tier.scan)
         for name, reason in refused:
             context.log.warning("checkpoint.dropped", name=name, reason=reason)
         used_bytes = sum(one.stored_bytes for one in stored)
@@ -45,7 +49,7 @@ async def serve(context: Context[StoreSettings]) -> None:
         stored, surplus = trim(stored, ssd_bytes)
         for one in surplus:
             context.log.warning("checkpoint.dropped", name=one.id, reason="the SSD tier's capacity is smaller now")
-            tier.remove(Path(one.directory))
+            await loop.run_in_executor(None, tier.remove, Path(one.directory))
         shm = Path(settings.shm_dir)
         for name in remove_stale_pools(shm, prefix=settings.prefix, server_id=settings.server_id):
             context.log.info("pool.removed", name=name)
@@ -55,9 +59,9 @@ async def serve(context: Context[StoreSettings]) -> None:
                 Code.INVALID_REQUEST,
                 f"HEARTH_DRAM_BYTES={settings.dram_bytes} is less than one chunk ({settings.chunk_bytes} bytes).",
             )
-        pool = Pool(
-            shm, prefix=settings.prefix, server_id=settings.server_id, size_bytes=chunk_count * settings.chunk_bytes
-        )
+        pool_bytes = chunk_count * settings.chunk_bytes
+        make_pool = partial(Pool, shm, prefix=settings.prefix, server_id=settings.server_id, size_bytes=pool_bytes)
+        pool = await loop.run_in_executor(None, make_pool)
         try:
             core = Residency(
                 server_id=settings.server_id,

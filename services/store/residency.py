@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Final, TypeAlias, assert_never
+from typing import Any, Final, TypeAlias, assert_never
 
 from services.store.allocator import Allocator
 from services.store.events import (
@@ -143,17 +143,20 @@ class _LoadJob(_Work):
     blocked_until: float | None = None
 
 
-_WantKey: TypeAlias = tuple[str, str, Source]
+_WantKey: TypeAlias = tuple[str, str, str, Source]  # holder, checkpoint id, deployment, source
 
 
 @dataclass(slots=True)
 class _Want:
-    """An acquire that is not answered by a lease yet. It is in exactly one stage: an import, a load, or failed."""
+    """Acquires that are not answered by a lease yet. They are in exactly one stage: an import, a load, or failed.
+
+    Several callers may wait with equal messages (two replicas of one deployment in one worker); each gets a lease.
+    """
 
     message: Acquire
     tier: str
     lapses_at: float
-    waiter: _Waiter | None = None
+    waiters: list[_Waiter] = field(default_factory=list)
     importing: Source | None = None
     loading: str | None = None
     failure: Failure | None = None
@@ -204,7 +207,7 @@ class Residency:
         self._evictions: dict[str, list[ReplyHandle]] = {}  # who waits for a removal
         self._dram: dict[str, _InDram] = {}
         self._leases: dict[str, _Held] = {}
-        self._lease_of: dict[tuple[str, str], str] = {}  # (holder, checkpoint id) → lease id
+        self._kept_for: dict[_WantKey, str] = {}  # leases for callers that were between two polls
         self._imports: dict[Source, _ImportJob] = {}
         self._loads: dict[str, _LoadJob] = {}
         self._wants: dict[_WantKey, _Want] = {}
@@ -279,7 +282,7 @@ class Residency:
         moments = [held.expires_at for held in self._leases.values()]
         moments += [until for _, until in self._failed_imports.values()]
         for want in self._wants.values():
-            moments.append(want.waiter.deadline if want.waiter is not None else want.lapses_at)
+            moments += [waiter.deadline for waiter in want.waiters] or [want.lapses_at]
         for source, job in self._imports.items():
             moments += [waiter.deadline for waiter in job.waiters]
             if not self._is_wanted(source, job):
@@ -302,8 +305,8 @@ class Residency:
             assert copy is not None, f"the bytes of lease {lease_id} are gone"
             assert copy.ready, f"lease {lease_id} is on bytes that are not verified"
             assert trim_extents(copy.extents, copy.image_bytes) == held.lease.extents, f"lease {lease_id} is elsewhere"
-            assert self._lease_of.get((held.holder, held.lease.checkpoint.checkpoint_id)) == lease_id
-        assert len(self._lease_of) == len(self._leases), "a holder has a lease that does not exist"
+        for lease_id in self._kept_for.values():
+            assert lease_id in self._leases, "a lease that does not exist is kept for somebody"
         for checkpoint_id, copy in self._dram.items():
             assert checkpoint_id in self._ssd, "DRAM holds what the SSD tier does not"
             reading = checkpoint_id in self._loads and self._loads[checkpoint_id].reading
@@ -317,7 +320,7 @@ class Residency:
             assert sum(stages) == 1, "a want must be in one stage"
             assert want.importing is None or want.importing in self._imports, "a want waits for an import that is gone"
             assert want.loading is None or want.loading in self._loads, "a want waits for a load that is gone"
-            assert want.failure is None or want.waiter is None, "a failed want keeps its caller waiting"
+            assert want.failure is None or not want.waiters, "a failed want keeps its caller waiting"
 
     # -- what others may look at ---------------------------------------------------------------------------------
 
@@ -374,7 +377,7 @@ class Residency:
         if refusal is not None:
             actions.append(Answer(reply, refusal))
             return
-        key = (message.holder, message.checkpoint_id, message.source)
+        key = (message.holder, message.checkpoint_id, message.deployment, message.source)
         want = self._wants.get(key)
         if want is not None and want.failure is not None:
             del self._wants[key]
@@ -383,7 +386,12 @@ class Residency:
         id = message.checkpoint_id or self._by_source.get(message.source, "")
         copy = self._dram.get(id)
         if copy is not None and copy.ready and want is None:
-            actions.append(Answer(reply, self._grant(message, id, now, tier="dram")))
+            kept = self._leases.get(self._kept_for.pop(key, ""))
+            if kept is not None:
+                kept.expires_at = now + _clamp(message.ttl_s, TTL_LIMIT_S)
+            actions.append(
+                Answer(reply, kept.lease if kept is not None else self._grant(message, id, now, tier="dram"))
+            )
             actions.append(TouchRecord())
             return
         if want is None:
@@ -397,11 +405,13 @@ class Residency:
             else:
                 self._want_import(want)
             actions.append(TouchRecord())
-        elif want.waiter is not None:  # the caller gave up that poll and asks again
-            actions.append(Answer(want.waiter.reply, self._want_progress(want, now)))
+        if len(want.waiters) >= WAITERS_LIMIT:
+            actions.append(Answer(reply, Failure(code=Code.QUEUE_FULL, message="Too many loads wait here.")))
+            return
+        waiter = _Waiter(reply, now + _clamp(message.wait_s, WAIT_LIMIT_S))
         want.message = message
-        want.waiter = _Waiter(reply, now + _clamp(message.wait_s, WAIT_LIMIT_S))
-        want.lapses_at = want.waiter.deadline + INTEREST_S
+        want.waiters.append(waiter)
+        want.lapses_at = max(want.lapses_at, waiter.deadline + INTEREST_S)
 
     def _want_load(self, want: _Want, id: str) -> None:
         want.importing, want.loading = None, id
@@ -431,15 +441,14 @@ class Residency:
         import_s: float = 0.0,
         remote_bytes: int = 0,
     ) -> Lease:
-        """The holder's lease on a checkpoint that is ready in DRAM; one per holder and checkpoint, renewed if there."""
+        """A new lease on a checkpoint that is ready in DRAM.
+
+        Every answer is a lease of its own: a holder's replicas release theirs one by one, and one whose answer was lost
+        is never renewed and expires.
+        """
         copy, on = self._dram[id], self._ssd[id]
         copy.use = on.use = self._next_use()
         expires_at = now + (ttl_s if ttl_s is not None else _clamp(message.ttl_s, TTL_LIMIT_S))
-        lease_id = self._lease_of.get((message.holder, id))
-        if lease_id is not None:
-            held = self._leases[lease_id]
-            held.expires_at = max(held.expires_at, expires_at)
-            return held.lease
         self._lease_count += 1
         lease_id = f"{self._nonce}-{self._lease_count}"
         lease = Lease(
@@ -457,7 +466,6 @@ class Residency:
             dram_bytes=copy.image_bytes,
         )
         self._leases[lease_id] = _Held(lease=lease, holder=message.holder, expires_at=expires_at)
-        self._lease_of[(message.holder, id)] = lease_id
         return lease
 
     def _renew(self, message: Renew, reply: ReplyHandle, now: float, actions: list[Action]) -> None:
@@ -478,7 +486,9 @@ class Residency:
 
     def _end_lease(self, lease_id: str) -> _Held:
         held = self._leases.pop(lease_id)
-        del self._lease_of[(held.holder, held.lease.checkpoint.checkpoint_id)]
+        for key, kept in list(self._kept_for.items()):
+            if kept == lease_id:
+                del self._kept_for[key]
         return held
 
     # -- inspect and import --------------------------------------------------------------------------------------
@@ -686,18 +696,12 @@ class Residency:
     ) -> None:
         """Lease to a holder that waited; one that is between two polls finds its lease at the next one."""
         del self._wants[key]
-        lease = self._grant(
-            want.message,
-            id,
-            now,
-            tier=want.tier,
-            ttl_s=None if want.waiter is not None else max(0.0, want.lapses_at - now),
-            read_s=read_s,
-            import_s=want.import_s,
-            remote_bytes=want.remote_bytes,
-        )
-        if want.waiter is not None:
-            actions.append(Answer(want.waiter.reply, lease))
+        ledger: dict[str, Any] = {"read_s": read_s, "import_s": want.import_s, "remote_bytes": want.remote_bytes}
+        for waiter in want.waiters:
+            actions.append(Answer(waiter.reply, self._grant(want.message, id, now, tier=want.tier, **ledger)))
+        if not want.waiters:
+            ttl_s = max(0.0, want.lapses_at - now)
+            self._kept_for[key] = self._grant(want.message, id, now, tier=want.tier, ttl_s=ttl_s, **ledger).lease_id
 
     def _read_failed(self, id: str, failure: Failure, now: float, actions: list[Action]) -> None:
         load = self._loads.get(id)
@@ -722,8 +726,9 @@ class Residency:
     def _fail_want(self, key: _WantKey, want: _Want, failure: Failure, actions: list[Action]) -> None:
         """Tell the caller, now or (if it is between two polls) when it comes back."""
         want.importing = want.loading = None
-        if want.waiter is not None:
-            actions.append(Answer(want.waiter.reply, failure))
+        for waiter in want.waiters:
+            actions.append(Answer(waiter.reply, failure))
+        if want.waiters:
             del self._wants[key]
         else:
             want.failure = failure
@@ -863,10 +868,12 @@ class Residency:
                 for waiter in late:
                     actions.append(Answer(waiter.reply, self._import_progress(job, now)))
         for key, want in list(self._wants.items()):
-            if want.waiter is not None and want.waiter.deadline <= now:
-                actions.append(Answer(want.waiter.reply, self._want_progress(want, now)))
-                want.waiter = None
-            if want.waiter is None and want.lapses_at <= now:
+            late = [waiter for waiter in want.waiters if waiter.deadline <= now]
+            if late:
+                want.waiters = [waiter for waiter in want.waiters if waiter.deadline > now]
+                for waiter in late:
+                    actions.append(Answer(waiter.reply, self._want_progress(want, now)))
+            if not want.waiters and want.lapses_at <= now:
                 del self._wants[key]
         for source, job in list(self._imports.items()):
             if not self._is_wanted(source, job) and job.interest_until <= now:
@@ -890,8 +897,8 @@ class Residency:
                 actions.append(Answer(waiter.reply, failure))
             job.waiters = []
         for want in self._wants.values():
-            if want.waiter is not None:
-                actions.append(Answer(want.waiter.reply, failure))
+            for waiter in want.waiters:
+                actions.append(Answer(waiter.reply, failure))
         self._wants.clear()
 
     # -- progress ------------------------------------------------------------------------------------------------

@@ -82,10 +82,11 @@ class Imported(msgspec.Struct, frozen=True, kw_only=True, tag="imported"):
 
 
 class Acquire(msgspec.Struct, frozen=True, kw_only=True, tag="acquire", omit_defaults=True):
-    """Make a checkpoint resident in DRAM and lease it to `holder` for `ttl_s` (long poll; repeat to renew).
+    """Make a checkpoint resident in DRAM and lease it to `holder` for `ttl_s` (long poll).
 
-    If the checkpoint is in no tier of this server it is imported from `source` first. An empty `checkpoint_id` asks
-    for whatever `source` is.
+    Every `Lease` that is answered is one of its own, to be renewed (`Renew`) and released on its own; one whose answer
+    was lost expires. If the checkpoint is in no tier of this server it is imported from `source` first. An empty
+    `checkpoint_id` asks for whatever `source` is.
     """
 
     checkpoint_id: str

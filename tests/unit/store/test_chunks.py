@@ -30,7 +30,7 @@ SIZE = 64 * PAGE_BYTES
 def memory() -> Iterator[memoryview]:
     segment = mmap.mmap(-1, SIZE)
     segment.write(b"?" * SIZE)
-    yield memoryview(segment)  # not closed: the traceback of an expected error may hold a part of it
+    return memoryview(segment)  # not closed: the traceback of an expected error may hold a part of it
 
 
 @pytest.fixture

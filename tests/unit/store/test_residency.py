@@ -168,18 +168,34 @@ def test_hit_in_dram_is_leased_at_once() -> None:
     assert second.lease_id != first.lease_id
 
 
-def test_one_holder_has_one_lease_on_a_checkpoint_and_repeating_renews_it() -> None:
+def test_every_answer_is_a_lease_of_its_own_and_expires_on_its_own() -> None:
     desk = Desk(stored("m"))
     desk.acquire("m", ttl_s=10)
     desk.finish_read()
-    lease = desk.last("a")
+    first = desk.last("a")
     desk.after(8)
-    assert desk.acquire("m", ttl_s=10) == lease
-    desk.after(8)
-    assert desk.core.lease_count == 1
+    second = desk.acquire("m", ttl_s=10)
+    assert second.lease_id != first.lease_id
+    assert desk.core.lease_count == 2
     desk.after(3)
-    assert desk.core.lease_count == 0
+    assert desk.core.lease_count == 1
     assert [note.event for note in desk.notes][-1] == "lease.expired"
+    desk.post(ReleaseAsked(Release(holder="w1", lease_id=first.lease_id)))
+    assert desk.core.lease_count == 1
+    desk.post(ReleaseAsked(Release(holder="w1", lease_id=second.lease_id)))
+    assert desk.core.lease_count == 0
+
+
+def test_equal_acquires_at_once_are_all_answered_in_their_time() -> None:
+    desk = Desk(stored("m"))
+    desk.acquire("m", "c1", wait_s=0.5)
+    desk.acquire("m", "c2", wait_s=2)
+    desk.after(0.6)
+    assert isinstance(desk.last("c1"), Progress)
+    assert desk.last("c2") is None
+    desk.acquire("m", "c1", wait_s=2)
+    desk.finish_read()
+    assert desk.last("c1").lease_id != desk.last("c2").lease_id
 
 
 def test_renew_and_release() -> None:
@@ -264,6 +280,7 @@ def test_a_holder_between_two_polls_keeps_its_lease_and_its_ledger() -> None:
     desk.finish_read(0.4)
     assert desk.core.lease_count == 1
     assert desk.acquire("m").read_s == 0.4
+    assert desk.core.lease_count == 1
 
 
 def test_a_caller_that_never_comes_back_leaves_nothing() -> None:
