@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
@@ -40,9 +39,7 @@ def memory_total_bytes(settings: WorkerSettings, device: DeviceFacts) -> int:
     """What replicas may take of the device."""
     if settings.worker_memory_bytes:
         return settings.worker_memory_bytes
-    if device.device == "cpu":
-        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * DRAM_SHARE)
-    return int(device.memory_bytes * DEVICE_SHARE)
+    return int(device.memory_bytes * (DRAM_SHARE if device.device == "cpu" else DEVICE_SHARE))
 
 
 async def serve(context: Context[WorkerSettings]) -> None:

@@ -32,7 +32,6 @@ T = TypeVar("T")
 POLL_S: Final = 1.0
 # Characters (or ids) that are tokenised between two other events of the loop (≈ 1 ms); longer prompts go to a thread.
 INLINE_PROMPT_CHARACTERS: Final = 4096
-LOAD_THREADS: Final = 4
 
 REQUESTS_RUNNING: Final = Gauge("hearth_worker_requests_running", "requests in this worker")
 SLOTS: Final = Gauge("hearth_worker_slots", "requests that the ready replicas can run at once")
@@ -144,8 +143,8 @@ class WorkerShell:
         self._leases = leases
         self._device = device
         self._beats: dict[str, Heartbeat] = {}
-        # Loads are few and long, prompts many and short: neither may wait for the other.
-        self._load_threads = ThreadPoolExecutor(LOAD_THREADS, thread_name_prefix="load")
+        # One thread per replica, so that closing one never waits for another's load; and prompts wait for neither.
+        self._load_threads = ThreadPoolExecutor(core.limits.max_replicas, thread_name_prefix="load")
         self._prompt_threads = ThreadPoolExecutor(1, thread_name_prefix="prompt")
         self._own_beat: Heartbeat | None = None
 
