@@ -221,6 +221,9 @@ def run(service: str, settings_type: type[S], serve: Serve[S]) -> int:
         return 1
     except BaseExceptionGroup as group:
         for leaf in _leaves(group):
+            if isinstance(leaf, HearthError):  # said in one sentence: what cannot be set up as the settings say
+                logger.error("service.failed", code=leaf.failure.code.value, message=leaf.failure.message)
+                continue
             logger.error("service.crashed", error=f"{type(leaf).__name__}: {leaf}", exc_info=leaf)
         return 1
     finally:
