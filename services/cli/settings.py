@@ -9,7 +9,7 @@ from shared.settings import CLI_VARIABLES, COMPOSE_VARIABLES, SERVICES, CommonSe
 
 
 def table() -> dict[str, list[tuple[str, str, str]]]:
-    """Group → (variable, default, description); the groups are `all services`, each service, the command line, compose."""
+    """Group → (variable, default, description): every service, each service, the command line, compose.yaml."""
     common = {name for name, _, _ in fields(CommonSettings)}
     groups = {"every service": [(name, str(default), text) for name, default, text in fields(CommonSettings)]}
     for service, kind in SERVICES.items():
