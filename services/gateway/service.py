@@ -85,6 +85,7 @@ class Gateway:
         self._deployments: dict[str, DeploymentRecord] = {}
         self._registry_answers = False
         self._look = asyncio.Event()
+        self._one_look = asyncio.Lock()
         self._all_closed = asyncio.Event()
         OPEN.set_function(lambda: self.core.open_requests)
 
@@ -138,20 +139,22 @@ class Gateway:
 
     async def look(self) -> None:
         """Read every deployment. Raises `HearthError` without Redis."""
-        known = set(self._deployments)  # one that appears while we read is not gone because we missed it
-        try:
-            found = {record.spec.name: record for record in await self.registry.all(DeploymentRecord)}
-        except (HearthError, CodecError) as error:
-            self._registry_answers = False
-            if isinstance(error, HearthError):
-                raise
-            raise HearthError(Code.INTERNAL, f"A deployment's record cannot be read: {error}") from error
-        self._registry_answers = True
-        for name in sorted(known - set(found)):
-            del self._deployments[name]
-            self._driver.post(DeploymentGone(name))
-        for name, record in found.items():
-            self._keep(name, record)
+        async with self._one_look:  # an older answer must not overtake a newer one
+            known = set(self._deployments)  # one that appears while we read is not gone because we missed it
+            try:
+                records = await self.registry.all(DeploymentRecord)
+            except (HearthError, CodecError) as error:
+                self._registry_answers = False
+                if isinstance(error, HearthError):
+                    raise
+                raise HearthError(Code.INTERNAL, f"A deployment's record cannot be read: {error}") from error
+            self._registry_answers = True
+            found = {record.spec.name: record for record in records}
+            for name in sorted(known - set(found)):
+                self._deployments.pop(name, None)
+                self._driver.post(DeploymentGone(name))
+            for name, record in found.items():
+                self._keep(name, record)
 
     def _keep(self, name: str, record: DeploymentRecord) -> None:
         self._deployments[name] = record

@@ -9,12 +9,13 @@ import msgspec
 import pytest
 
 from shared.bus import Reply
+from shared.contracts.events import RecordChanged
 from shared.contracts.placement import Delete, Deploy, Deployed, Deploying
 from shared.contracts.records import ClusterView, DeploymentRecord, DeploymentSpec, DeploymentState
 from shared.contracts.residency import Done, Progress, Source
 from shared.errors import Code, Failure
 from shared.slug import slug
-from shared.subjects import DELETE, DEPLOY
+from shared.subjects import DELETE, DEPLOY, RECORD_CHANGED
 from tests.integration.gateway.harness import CHECKPOINT, Cluster, cluster
 
 SPEC = {"name": "org/m", "source": {"url": "/models/m"}}
@@ -107,6 +108,24 @@ async def test_deploy_list_get_delete(nats_url: str, redis_url: str, prefix: str
             assert response.status == 404
         async with it.http.delete(it.url + "/v1/admin/deployments/nobody") as response:
             assert response.status == 404
+
+
+async def test_many_looks_at_once_while_deployments_come_and_go(nats_url: str, redis_url: str, prefix: str) -> None:
+    async with cluster(nats_url, redis_url, prefix) as it:
+
+        async def listed() -> int:
+            async with it.http.get(it.url + "/v1/admin/deployments") as response:
+                return response.status
+
+        for number in range(5):
+            await it.deploy(f"m{number}")
+            looks = [it.tasks.create_task(listed()) for _ in range(10)]
+            await it.registry.delete(DeploymentRecord, f"m{number}")
+            message = RecordChanged(kind="deployment", id=f"m{number}", deleted=True)
+            it.bus.publish(RECORD_CHANGED, message, kind="deployment")
+            looks += [it.tasks.create_task(listed()) for _ in range(10)]
+            assert [await look for look in looks] == [200] * 20
+        assert not it.gateway.done()
 
 
 async def test_progress_by_lines(nats_url: str, redis_url: str, prefix: str) -> None:
