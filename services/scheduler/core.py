@@ -77,7 +77,7 @@ class Rules:
     `min_ready_s`: a replica younger than this that has answered nobody yet is not evicted. `stop_retry_s`: after a
     refused stop. `first_backoff_s`, `most_backoff_s`, `most_failures`: see `Trouble`. `patience_s`: how long a model
     for which no server is large enough may wait for one before its requests fail. `word_s`: how long the word of a
-    worker is waited for when a replica went away while it was loading. `forget_s`: how long old failures are remembered.
+    worker is waited for when a replica went away while loading. `forget_s`: how long old failures are remembered.
     """
 
     look_interval_s: float = 1.0
@@ -94,6 +94,20 @@ class Rules:
     forget_s: float = 600.0
     kv_bytes_max: int = 256 * 2**20
     decisions_kept: int = 256
+
+
+@dataclass(slots=True)
+class Suspect:
+    """A replica that leaves, or has left, without having been asked; its worker says why in a moment.
+
+    Until `due` (monotonic second) nothing is placed for its deployment: the next one might do the same. `loading`: it
+    had never been ready, so that silence means that its load failed.
+    """
+
+    deployment: str
+    server_id: str
+    due: float
+    loading: bool
 
 
 @dataclass
@@ -129,7 +143,7 @@ class Core:
         self._reading: dict[tuple[str, str], bool] = {}
         self._wanting_since: dict[str, float] = {}
         self._troubles: dict[str, Trouble] = {}
-        self._suspects: dict[str, tuple[str, str, float]] = {}
+        self._suspects: dict[str, Suspect] = {}
         self._blamed: dict[str, float] = {}
         self._deferred: dict[str, str] = {}
         self._not_before: dict[str, float] = {}
@@ -334,7 +348,7 @@ class Core:
         if asked or record is None or revision not in (None, record.revision):
             return  # nobody wanted it any more
         worker = cluster.workers.get(event.worker_id)
-        server_id = worker.server_id if worker else suspect[1] if suspect else ""
+        server_id = worker.server_id if worker else suspect.server_id if suspect else ""
         self._blame(event.replica_id, event.deployment, server_id, event.failure, now, out)
 
     def _stop_refused(self, event: StopRefused, now: float, out: list[Action]) -> None:
@@ -354,15 +368,21 @@ class Core:
         """A replica is gone. One that went while it was loading, unasked, has failed, even if nobody said so."""
         id = replica.replica_id
         asked = self._not_before.pop(id, None) == math.inf
+        suspect = self._suspects.get(id)
+        if suspect is not None:
+            suspect.due = now + self.rules.word_s
+        elif replica.state is ReplicaState.LOADING and not asked:
+            # If its worker died of it, that counts too, or one bad model would end worker after worker.
+            self._suspect(replica, now, loading=True)
+
+    def _suspect(self, replica: ReplicaRecord, now: float, *, loading: bool) -> None:
         deployment = self.cluster.deployments.get(replica.deployment)
-        if replica.state is not ReplicaState.LOADING or asked or deployment is None:
-            return
         worker = self.cluster.workers.get(replica.worker_id)
         drained = worker is not None and worker.phase is not Phase.READY
-        if deployment.revision == replica.revision and not drained:
-            # Its worker says why in a moment, unless it died of it: that counts too, or one bad model would end
-            # worker after worker.
-            self._suspects[id] = (replica.deployment, replica.server_id, now + self.rules.word_s)
+        if deployment is not None and deployment.revision == replica.revision and not drained:
+            self._suspects[replica.replica_id] = Suspect(
+                replica.deployment, replica.server_id, now + self.rules.word_s, loading
+            )
 
     def _cured(self, now: float, out: list[Action]) -> None:
         """A ready replica ends its deployment's trouble, and tells the facts of a lazy one's checkpoint."""
@@ -479,17 +499,25 @@ class Core:
         for load in loads:
             failure = Failure(code=Code.WORKER_LOST, message="The worker never showed the replica.")
             self._blame(load.replica_id, load.deployment, load.server_id, failure, now, out)
-        for id, (name, server_id, due) in sorted(self._suspects.items()):
-            if due <= now:
-                del self._suspects[id]
-                failure = Failure(code=Code.WORKER_LOST, message="The replica went away while it was loading.")
-                self._blame(id, name, server_id, failure, now, out)
-            else:
-                self._wake = min(self._wake, due)
+        self._watch_suspects(now, out)
         self._blamed = {id: until for id, until in self._blamed.items() if until > now}
         self._not_before = {id: at for id, at in self._not_before.items() if id in self.cluster.replicas and (at > now)}
         for name in [name for name in self._deferred if name not in self.cluster.deployments]:
             del self._deferred[name]
+
+    def _watch_suspects(self, now: float, out: list[Action]) -> None:
+        for id, replica in sorted(self.cluster.replicas.items()):
+            leaving = replica.state is ReplicaState.DRAINING and id not in self._suspects
+            if leaving and self._not_before.get(id) != math.inf:
+                self._suspect(replica, now, loading=id not in self.cluster.ready_at)
+        for id, suspect in sorted(self._suspects.items()):
+            if suspect.due > now:
+                self._wake = min(self._wake, suspect.due)
+            elif id not in self.cluster.replicas:
+                del self._suspects[id]
+                if suspect.loading:
+                    failure = Failure(code=Code.WORKER_LOST, message="The replica went away while it was loading.")
+                    self._blame(id, suspect.deployment, suspect.server_id, failure, now, out)
 
     def _stop_strays(self, now: float, out: list[Action]) -> None:
         """Replicas of no deployment, or of one that is being deleted, end at once; those of an old revision finish."""
@@ -581,7 +609,7 @@ class Core:
 
     def _serve(self, now: float, out: list[Action]) -> None:
         """Place what is missing, whoever has waited longest first."""
-        suspended = frozenset(name for name, _, _ in self._suspects.values())
+        suspended = frozenset(one.deployment for one in self._suspects.values() if one.due > now)
         for name in sorted(self._wanting_since, key=lambda one: (self._wanting_since[one], one)):
             trouble = self._troubles.get(name)
             if name in suspended or (trouble is not None and trouble.until > now):

@@ -310,6 +310,37 @@ def test_a_replica_that_vanishes_while_loading_counts_as_failed_even_without_a_w
     assert len(desk.take(CommandLoad)) == 1
 
 
+def test_a_replica_that_leaves_unasked_is_not_replaced_before_its_worker_has_said_why() -> None:
+    desk = small(max_replicas=1)
+    desk.add(picture.worker("a1"))
+    desk.wait(1.0)
+    desk.queue("m", 1)
+    desk.hint("m")
+    load = desk.only(CommandLoad)
+    desk.shows(load.message, load.worker_id, ReplicaState.LOADING)
+    desk.shows(load.message, load.worker_id, ReplicaState.DRAINING)
+    desk.gone(load.message.replica_id)
+    assert desk.take(CommandLoad) == []
+    desk.tell(ReplicaBroke(load.message.replica_id, "m", load.worker_id, CORRUPT))
+    assert desk.take(CommandLoad) == []
+    assert desk.deployments["m"].failure is not None
+
+
+def test_a_ready_replica_that_leaves_unasked_is_replaced_when_nobody_says_why() -> None:
+    desk = small()
+    desk.add(picture.worker("a1"))
+    desk.wait(1.0)
+    desk.queue("m", 1)
+    desk.hint("m")
+    load = desk.loaded(running=1)
+    desk.shows(load.message, load.worker_id, ReplicaState.DRAINING, running=1)
+    desk.wait(0.3)
+    assert desk.take(CommandLoad) == []
+    desk.wait(0.3)
+    assert desk.only(CommandLoad).worker_id != load.worker_id
+    assert "replica.failed" not in desk.notes()
+
+
 def test_a_dead_worker_takes_its_replicas_along_and_others_take_over() -> None:
     desk = small()
     desk.add(picture.server("b"), picture.worker("b0", memory=450))
