@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, Final
 
 import numpy
@@ -299,7 +300,10 @@ def probe(config: Any) -> str:
     Answers are remembered per shape of architecture. Raises HearthError: UNSUPPORTED when neither engine gives the
     right tokens, or no tiny model of this architecture can be made.
     """
-    tiny = shrink(config)
+    try:
+        tiny = shrink(config)
+    except AttributeError as error:
+        raise HearthError(Code.UNSUPPORTED, f"The architecture {config.model_type} has no attention heads.") from error
     key = f"{tiny.model_type}:{tiny.to_json_string(use_diff=False)}"
     if key not in _probed:
         _probed[key] = _probe(tiny)
@@ -340,7 +344,8 @@ def shrink(config: Any) -> Any:
     }
     for name, size in sizes.items():
         if isinstance(getattr(tiny, name, None), int) and not isinstance(getattr(tiny, name), bool):
-            setattr(tiny, name, size)
+            with suppress(AttributeError):  # computed from the others
+                setattr(tiny, name, size)
     if kinds:
         tiny.layer_types = kinds[:layers]
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
