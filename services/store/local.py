@@ -45,7 +45,7 @@ class LocalSource:
 
 def is_small_file(name: str) -> bool:
     """Whether a file belongs to the checkpoint besides its weights."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in SMALL_FILES)
+    return "/" not in name and any(fnmatch.fnmatchcase(name, pattern) for pattern in SMALL_FILES)
 
 
 def weight_files(names: list[str], read_index: bytes | None) -> list[str]:

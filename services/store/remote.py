@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from huggingface_hub import HfApi, errors
+from huggingface_hub.utils import disable_progress_bars
 
 from services.store.local import INDEX, LocalSource, is_small_file, weight_files
 from services.store.manifest import DTYPES, HeaderTensor, corrupt, tensor_bytes
@@ -40,6 +41,7 @@ class Hub:
 
     def __init__(self, endpoint: str | None = None) -> None:
         self._api = HfApi(endpoint=endpoint)
+        disable_progress_bars()  # a service's output is its log
 
     def look(self, source: Source) -> HubFiles:
         """What the source's revision is now."""
