@@ -16,8 +16,9 @@ from shared.errors import Code, HearthError
 
 REPLACEMENT: Final = "\ufffd"
 # A character has at most four bytes, and no token less than one: what is still no character after so many tokens will
-# never be one, and is told as it is (a model may well write broken UTF-8).
+# never be one, and is told as it is (a model may well write broken UTF-8), but for its last character.
 PENDING_TOKENS: Final = 8
+MOST_PENDING_TOKENS: Final = 256  # bounds the work on a model that writes nothing but broken UTF-8
 KEPT_TOKENIZERS: Final = 8  # tokenizers that stay in memory for the next cold start of the same checkpoint
 
 _FILES: Final = (
@@ -121,9 +122,15 @@ class _Stream:
         """See `TextStream`."""
         self._token_ids.append(token_id)
         text = self._decode(self._token_ids, skip_special_tokens=self._skip_special)
-        if text.endswith(REPLACEMENT) and len(self._token_ids) - self._told < PENDING_TOKENS:
+        pending = len(self._token_ids) - self._told
+        if not text.endswith(REPLACEMENT) or pending >= MOST_PENDING_TOKENS:
+            return self._tell(text)
+        if pending < PENDING_TOKENS:
             return ""
-        return self._tell(text)
+        # Broken UTF-8. Its last character may still become one; what stands before it is not going to change.
+        new = text[len(self._told_text) : -1]
+        self._told_text += new
+        return str(new)
 
     def finish(self) -> str:
         """See `TextStream`."""
