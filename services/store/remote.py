@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from huggingface_hub import HfApi, errors
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from services.store.local import INDEX, LocalSource, is_small_file, weight_files
 from services.store.manifest import DTYPES, HeaderTensor, corrupt, tensor_bytes
