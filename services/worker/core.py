@@ -218,6 +218,7 @@ class WorkerCore:
             server_id=self.limits.server_id,
             reserved_bytes=self._needed_bytes(message),
             engine=self.limits.engine or message.engine or "auto",
+            keeps_lease=not self.limits.weights_on_device,
             now=now,
         )
         self.replicas[replica.id] = replica
@@ -287,7 +288,7 @@ class WorkerCore:
         actions: list[e.Action] = []
         lost = set(answer.unknown)
         for replica in list(self.replicas.values()):
-            if replica.lease is not None and replica.lease.lease_id in lost:
+            if replica.leased and replica.lease is not None and replica.lease.lease_id in lost:
                 # Its bytes may become another checkpoint's at any moment: not one more token from them.
                 failure = Failure(code=Code.CHECKPOINT_UNAVAILABLE, message="The store has dropped the lease.")
                 actions += replica.fail(failure, now)
@@ -295,7 +296,7 @@ class WorkerCore:
         return actions
 
     def _leases(self) -> tuple[str, ...]:
-        return tuple(replica.lease.lease_id for replica in self.replicas.values() if replica.lease is not None)
+        return tuple(r.lease.lease_id for r in self.replicas.values() if r.leased and r.lease is not None)
 
     # -- requests
 

@@ -40,7 +40,15 @@ class Replica:
     """A model on its way into this worker, in it, or on its way out. `reserved_bytes` is what it may take of memory."""
 
     def __init__(
-        self, message: LoadReplica, *, worker_id: str, server_id: str, reserved_bytes: int, engine: str, now: float
+        self,
+        message: LoadReplica,
+        *,
+        worker_id: str,
+        server_id: str,
+        reserved_bytes: int,
+        engine: str,
+        keeps_lease: bool,
+        now: float,
     ) -> None:
         self.message: Final = message
         self.id: Final = message.replica_id
@@ -49,6 +57,7 @@ class Replica:
         self.failure: Failure | None = None
         self.loaded: Loaded | None = None
         self.lease: Lease | None = None
+        self.leased = False
         self.puller: Puller | None = None
         self.held: dict[str, None] = {}
         self.wanted = 0
@@ -61,6 +70,7 @@ class Replica:
         self.in_flight: dict[str, None] = {}
         self.progress = Progress(phase="queued")
         self._engine: Final = engine
+        self._keeps_lease: Final = keeps_lease
         self._worker_id: Final = worker_id
         self._server_id: Final = server_id
         self._attach_from = now
@@ -94,7 +104,7 @@ class Replica:
         self._landed("lease")
         match answer:
             case Lease():
-                self.lease = answer
+                self.lease, self.leased = answer, True
                 if self.state is ReplicaState.LOADING:
                     self._attach_from = now
                     self.progress = Progress(phase="attaching", total_bytes=answer.checkpoint.weight_bytes)
@@ -124,7 +134,8 @@ class Replica:
         self._landed("attach")
         self.loaded = loaded
         self._attach_s = now - self._attach_from
-        return self.advance(now)
+        # A device with memory of its own has its copy now; the store may make room.
+        return [*([] if self._keeps_lease else self._release()), *self.advance(now)]
 
     def attach_failed(self, failure: Failure, now: float) -> list[Action]:
         """The model cannot be attached."""
@@ -261,7 +272,7 @@ class Replica:
             assert self.in_flight or self.retry_at is not None, "a load that nobody carries on"
         else:
             assert self.held or self.in_flight or self._removed, "a leaving replica that nobody carries on"
-        assert self.lease is not None or self.loaded is None, "a model on bytes without a lease"
+        assert self.leased or self.loaded is None or not self._keeps_lease, "a model on bytes without a lease"
         assert self.loaded is None or "attach" not in self.in_flight, "attached twice"
 
     def _top_up(self) -> list[Action]:
@@ -289,13 +300,17 @@ class Replica:
         if self.loaded is not None:
             self._flying("detach")
             return [Detach(self.id, self.loaded)]
-        if self.lease is not None:
-            actions.append(ReleaseLease(Release(holder=self._worker_id, lease_id=self.lease.lease_id)))
-            self.lease = None
+        actions += self._release()
         if not self._removed:
             self._flying("remove")
             actions.append(RemoveRecord(self.id))
         return actions
+
+    def _release(self) -> list[Action]:
+        if self.lease is None or not self.leased:
+            return []
+        self.leased = False
+        return [ReleaseLease(Release(holder=self._worker_id, lease_id=self.lease.lease_id))]
 
     def _finished(self, now: float) -> LoadFinished:
         assert self.loaded is not None

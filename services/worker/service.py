@@ -21,7 +21,7 @@ from shared.contracts.records import Phase, ReplicaRecord, ReplicaState, WorkerR
 from shared.contracts.requests import Cancel, ChatPrompt, Request, TextPrompt, TokensPrompt
 from shared.contracts.residency import Acquire, Checkpoint, Done, Lease, Progress, Release, Renew, Renewed
 from shared.driver import Driver
-from shared.errors import Failure, HearthError
+from shared.errors import Code, Failure, HearthError
 from shared.lifecycle import Context, Heartbeat
 from shared.metrics import LATENCY_BUCKETS_S
 from shared.settings import WorkerSettings
@@ -30,6 +30,20 @@ from shared.subjects import ACQUIRE, CANCEL, CLAIM, FRAMES, LOAD, LOAD_PROGRESS,
 T = TypeVar("T")
 
 POLL_S: Final = 1.0
+# What the code that comes with a model, or is chosen by it, may raise beyond HearthError: a model that nobody has met
+# before must fail alone, not take the other replicas of this worker with it.
+MODEL_ERRORS: Final = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 # Characters (or ids) that are tokenised between two other events of the loop (≈ 1 ms); longer prompts go to a thread.
 INLINE_PROMPT_CHARACTERS: Final = 4096
 
@@ -282,6 +296,8 @@ class WorkerShell:
                 )
         except HearthError as error:
             return e.TokeniseFailed(action.token, error.failure)
+        except MODEL_ERRORS as error:
+            return e.TokeniseFailed(action.token, self._unexpected("prompt.failed", "tokenise this prompt", error))
         return e.Tokenised(action.token, token_ids, echo_text)
 
     async def _acquire(self, action: e.AcquireLease) -> e.Event:
@@ -319,7 +335,14 @@ class WorkerShell:
             )
         except HearthError as error:
             return e.AttachFailed(id, error.failure)
+        except MODEL_ERRORS as error:
+            return e.AttachFailed(id, self._unexpected("attach.failed", "attach this model", error))
         return e.Attached(id, loaded)
+
+    def _unexpected(self, event: str, what: str, error: BaseException) -> Failure:
+        self._context.log.error(event, exc_info=error)
+        name = type(error).__name__
+        return Failure(code=Code.INTERNAL, message=f"The worker failed to {what} ({name}); its log says why.")
 
     async def _open(self, action: e.OpenPuller) -> e.Event:
         id, driver = action.replica_id, self.driver

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -17,6 +18,7 @@ from shared.contracts.generation import FinishReason
 from shared.contracts.placement import ReplicaFailed
 from shared.contracts.records import Phase, ReplicaRecord, ReplicaState, WorkerRecord
 from shared.contracts.requests import ChatMessage, ChatPrompt, Sampling
+from shared.contracts.residency import Lease
 from shared.errors import Code, HearthError
 from shared.registry import Registry
 from shared.settings import WorkerSettings
@@ -283,6 +285,31 @@ async def test_a_load_without_a_store_fails_and_leaves_nothing(
             failed = await told.get()
         assert failed.failure.message == "The directory is gone."
         assert await registry.get(ReplicaRecord, "r1") is None
+
+
+class OddModels(SlowLoader):
+    """A model called "odd" is one that its own code cannot build."""
+
+    def load(self, lease: Lease, **how: Any) -> Any:
+        if lease.lease_id == "odd":
+            raise RuntimeError("shapes do not match")
+        return super().load(lease, **how)
+
+
+async def test_a_model_that_nobody_has_met_before_fails_alone(
+    settings: WorkerSettings, operator: Operator, gateway: Gateway, bus: Bus
+) -> None:
+    told = asyncio.Queue[ReplicaFailed]()
+    await bus.subscribe(REPLICA_FAILED, told.put_nowait)
+    async with worker(settings, loader=OddModels()):
+        await operator.load("w1", "r1")
+        await bus.call(LOAD, load_message("odd"), worker_id="w1")
+        async with asyncio.timeout(5):
+            failed = await told.get()
+        assert (failed.replica_id, failed.failure.code) == ("odd", Code.INTERNAL)
+        assert "RuntimeError" in failed.failure.message
+        await operator.ask("q1")
+        await gateway.ended("q1")
 
 
 async def test_a_draining_worker_finishes_what_is_short_and_gives_back_what_is_long(

@@ -30,7 +30,8 @@ class History:
 
     def __init__(self, seed: int) -> None:
         self.dice = random.Random(seed)
-        self.world = World(memory_total_bytes=35, drain_s=20)
+        on_device = seed % 3 == 0  # weights copied to the device: more memory, and no lease after the load
+        self.world = World(memory_total_bytes=3035 if on_device else 35, weights_on_device=on_device, drain_s=20)
         self.pending: list[e.Action] = []
         self.wanted: Counter[str] = Counter()
         self.pullers: dict[int, str] = {}

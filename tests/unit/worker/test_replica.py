@@ -6,7 +6,7 @@ from services.worker import events as e
 from shared.contracts.records import ReplicaState
 from shared.contracts.residency import Done, Progress, Renewed
 from shared.errors import Code, Failure
-from tests.unit.worker.world import FakeLoaded, FakePuller, World, lease, load, only, request, some
+from tests.unit.worker.world import FakeLoaded, FakePuller, World, end, lease, load, only, request, some
 
 UNAVAILABLE = Failure(code=Code.UNAVAILABLE, message="Nobody serves the store.")
 CORRUPT = Failure(code=Code.CHECKPOINT_CORRUPT, message="Chunk 3 does not match its checksum.")
@@ -306,6 +306,20 @@ def test_a_lost_lease_gives_running_requests_back_and_ends_the_replica() -> None
     assert only(actions, e.CancelSequence).sequence_id == sequence_id
     world.leave()
     assert some(world.actions, e.PublishFailed)
+
+
+def test_a_device_with_its_own_copy_gives_the_lease_back_at_once_and_keeps_the_ledger() -> None:
+    world = World(memory_total_bytes=2000, weights_on_device=True)
+    world.ready()
+    assert only(world.actions, e.ReleaseLease).message.lease_id == "lease-r1"
+    assert not some(world.wait(60), e.RenewLeases)
+    world.deliver()
+    world.claim(waited_s=100)
+    assert end(world.send(e.Tokenised("t1", (1,) * 100))).ledger.tier == "ssd"
+    world.cancel()
+    world.ask_stop()
+    world.leave()
+    assert len(some(world.actions, e.ReleaseLease)) == 1
 
 
 def test_a_lost_lease_of_one_replica_leaves_the_others_alone() -> None:
