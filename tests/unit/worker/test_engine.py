@@ -191,7 +191,7 @@ def test_logprobs_are_those_of_a_plain_forward_pass() -> None:
     assert heard.logprobs["b"] == [None] * 4
 
 
-def stepper_of(model: Any, **fields: int) -> BatchingStepper:
+def stepper_of(model: Any, **fields: Any) -> BatchingStepper:
     return BatchingStepper(model, **({"kv_bytes": 1 << 23, "slots": 4, "max_context_tokens": 512} | fields))
 
 

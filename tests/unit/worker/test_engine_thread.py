@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -45,9 +45,14 @@ class Gated(NullStepper):
         self.closed.set()
 
 
-def submit(engine: ThreadedEngine, sequence_id: str, count: int = 3, **fields: object) -> None:
-    values = {"token_ids": [1, 2, 3], "first_index": 0, "max_new_tokens": count, "sampling": GREEDY} | fields
-    engine.submit(sequence_id, **values)  # type: ignore[arg-type]
+def submit(engine: ThreadedEngine, sequence_id: str, count: int = 3, **fields: Any) -> None:
+    values: dict[str, Any] = {
+        "token_ids": [1, 2, 3],
+        "first_index": 0,
+        "max_new_tokens": count,
+        "sampling": GREEDY,
+    } | fields
+    engine.submit(sequence_id, **values)
 
 
 def test_tokens_come_in_order_and_then_one_end() -> None:
@@ -183,7 +188,7 @@ def test_a_crash_is_called_what_the_engine_calls_it() -> None:
         ({"sampling": Sampling(logit_bias={300: 1.0})}, Code.INVALID_REQUEST),
     ],
 )
-def test_a_bad_submission_ends_with_a_clear_failure(fields: dict[str, object], code: Code) -> None:
+def test_a_bad_submission_ends_with_a_clear_failure(fields: dict[str, Any], code: Code) -> None:
     heard = Recorder()
     engine = ThreadedEngine(NullStepper(slots=4, max_sequence_tokens=64), heard)
     submit(engine, "a", **fields)

@@ -287,7 +287,7 @@ def test_a_config_that_cannot_be_served(
 def test_a_lease_that_cannot_be_mapped(loader: TorchLoader, llama: Path, tmp_path: Path) -> None:
     lease = make_lease(llama, tmp_path / "pool")
     (whole,) = lease.extents
-    cases = {
+    cases: dict[Code, dict[str, Any]] = {
         Code.CHECKPOINT_UNAVAILABLE: {"segment": str(tmp_path / "none")},
         Code.CHECKPOINT_CORRUPT: {"extents": (Extent(offset=whole.offset, length=whole.length - 4096),)},
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -36,8 +37,8 @@ def pick(scores: torch.Tensor, *rows: SamplingRow) -> list[int]:
     return tokens
 
 
-def row(index: int = 0, token_ids: Sequence[int] = (1,), **fields: object) -> SamplingRow:
-    return SamplingRow(Sampling(**fields), token_ids, index)  # type: ignore[arg-type]
+def row(index: int = 0, token_ids: Sequence[int] = (1,), **fields: Any) -> SamplingRow:
+    return SamplingRow(Sampling(**fields), token_ids, index)
 
 
 def allowed_by_reference(scores: torch.Tensor, how: Sampling) -> set[int]:
@@ -49,7 +50,8 @@ def allowed_by_reference(scores: torch.Tensor, how: Sampling) -> set[int]:
         keep = {token for token in keep if float(scores[token]) >= lowest}
     if how.top_p < 1.0:
         total = sum(math.exp(float(scores[token])) for token in keep)
-        kept, mass = set(), 0.0
+        kept: set[int] = set()
+        mass = 0.0
         for token in sorted(keep, key=lambda token: -float(scores[token])):
             if kept and mass >= how.top_p:
                 break
@@ -128,7 +130,13 @@ def test_frequencies_follow_the_softmax() -> None:
 
 def test_a_token_depends_on_seed_and_index_and_on_nothing_else() -> None:
     scores = scores_of(40)
-    how = [{}, {"top_k": 9}, {"top_p": 0.7}, {"temperature": 0.6, "min_p": 0.02}, {"temperature": 0.0}]
+    how: list[dict[str, float]] = [
+        {},
+        {"top_k": 9},
+        {"top_p": 0.7},
+        {"temperature": 0.6, "min_p": 0.02},
+        {"temperature": 0.0},
+    ]
     alone = [pick(scores[i : i + 1], row(i, seed=i * 7, **how[i % 5]))[0] for i in range(40)]
     together = pick(scores, *(row(i, seed=i * 7, **how[i % 5]) for i in range(40)))
     backwards = pick(scores.flip(0), *(row(i, seed=i * 7, **how[i % 5]) for i in reversed(range(40))))
