@@ -79,6 +79,12 @@ class Run:
         return self.claimed.epoch if self.claimed else -1
 
     @property
+    def owners(self) -> int:
+        """How many workers have had it, this one included. A delivery that nobody claimed is no try, nor is a claim
+        whose answer was lost: each counts in only one of the two numbers."""
+        return min(self.delivery, self.epoch) if self.claimed else self.delivery
+
+    @property
     def sequence_id(self) -> str:
         """What the engine knows it by: another claim is another sequence."""
         return f"{self.request.request_id}.{self.epoch}"
@@ -342,10 +348,10 @@ class WorkerCore:
                 run.claimed, run.claimed_at = answer, now
                 run.state = RunState.TOKENISING
                 ledger = run.replica.ledger(waited_s=answer.waited_s, now=now)
-                run.ledger = msgspec.structs.replace(ledger, recoveries=max(0, run.delivery - 1))
+                run.ledger = msgspec.structs.replace(ledger, recoveries=max(0, run.owners - 1))
                 if run.cancelled is not None and answer.epoch <= run.cancelled.epoch:
                     return self._cancel(run.cancelled, now)
-                if run.delivery > self.limits.max_deliveries:
+                if run.owners > self.limits.max_deliveries:
                     return self._fail(run, self._lost(run), now)
                 loaded = run.replica.loaded
                 assert loaded is not None, "a request before the model"
@@ -478,13 +484,13 @@ class WorkerCore:
 
     def _give_back(self, run: Run, now: float) -> list[e.Action]:
         """Let another worker go on with it; unless too many have tried."""
-        if run.claimed is not None and run.delivery >= self.limits.max_deliveries:
+        if run.claimed is not None and run.owners >= self.limits.max_deliveries:
             return self._fail(run, self._lost(run), now)
         return [e.Nak(run.token), *self._over(run, "given_back", now)]
 
     def _lost(self, run: Run) -> Failure:
         return Failure(
-            code=Code.WORKER_LOST, message=f"The request was interrupted {run.delivery} times and is not tried again."
+            code=Code.WORKER_LOST, message=f"{run.owners} workers have tried this request and were interrupted."
         )
 
     def _fail(self, run: Run, failure: Failure, now: float) -> list[e.Action]:
@@ -525,7 +531,7 @@ class WorkerCore:
         del self.runs[run.token]
         del self._by_request[run.request.request_id]
         self._retries.pop(run.token, None)
-        run.replica.finished_requests += 1
+        run.replica.finished_requests += outcome not in ("given_back", "superseded")
         ledger, generation = self._ledger(run), run.generation
         actions.append(
             e.RequestFinished(

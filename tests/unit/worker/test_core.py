@@ -271,6 +271,11 @@ def test_a_request_that_was_tried_too_often_fails_instead_of_running_again(world
     assert some(actions, e.Ack)
 
 
+def test_deliveries_that_nobody_claimed_are_no_tries(world: World) -> None:
+    world.deliver(delivery=9)
+    assert some(world.claim(epoch=1), e.Tokenise)
+
+
 # -- stopping
 
 
