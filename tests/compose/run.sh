@@ -206,6 +206,13 @@ say "kill -9 of both stores"
 check "they come back" crash_of_the_stores
 check "it answers again" until_ok 60 answers
 
+say "restart of NATS and Redis under the running services"
+for name in nats redis; do
+    check "restart $name" quiet dc restart "$name"
+    check "it answers again" until_ok 30 answers
+    check "every server and worker is back in the registry" until_ok 30 cluster_is 2 2
+done
+
 say "down, and up without deploying"
 check "down" quiet dc down
 check "up" quiet dc up --detach --wait "${SERVICES[@]}"
