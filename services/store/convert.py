@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import importlib.util
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -78,6 +79,8 @@ def make_plan(source: LocalSource, dtype: str | None, *, chunk_bytes: int, compa
     """
     refuse_remote_code(source)
     cast = check_cast(source.config, dtype)
+    if cast is not None and importlib.util.find_spec("torch") is None:
+        raise HearthError(Code.UNSUPPORTED, "Casting to another dtype needs torch, which this store does not have.")
     tied: dict[str, str] = {}
     repeated = head_alias(source.tensors) if source.config.ties_words else None
     if repeated is not None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from services.store.convert import Plan, make_plan, run_import
 from services.store.events import StoredCheckpoint
@@ -53,6 +54,15 @@ class Importer:
 
     def look(self, source: Source) -> Look:
         """Read headers only."""
+        with _clear_errors(source):
+            return self._look(source)
+
+    def run(self, source: Source, *, progressed: Callable[[int, int], None]) -> Outcome:
+        """Import. `progressed` hears (bytes done, bytes in all) on this thread and on others."""
+        with _clear_errors(source):
+            return self._run(source, progressed)
+
+    def _look(self, source: Source) -> Look:
         if source.url.startswith(SCHEME):
             files = self._hub.look(source)
             local = self._hub.headers(files)
@@ -61,8 +71,7 @@ class Importer:
         local = open_local(absolute_directory(source.url))
         return _look(local, self._plan(local, source, compare=False), extra_bytes=0)
 
-    def run(self, source: Source, *, progressed: Callable[[int, int], None]) -> Outcome:
-        """Import. `progressed` hears (bytes done, bytes in all) on this thread and on others."""
+    def _run(self, source: Source, progressed: Callable[[int, int], None]) -> Outcome:
         began = time.perf_counter()
         with self._tier.staging() as directory:
             if source.url.startswith(SCHEME):
@@ -93,21 +102,12 @@ class Importer:
                 raise HearthError(
                     Code.CHECKPOINT_UNAVAILABLE, f"{source.url} changed while it was imported; try again."
                 )
-            place, existing = self._publish(target, manifest.checkpoint.checkpoint_id)
+            place, existing = self._tier.publish(target, manifest.checkpoint.checkpoint_id)
         stored = describe(place, self._tier.manifest(place))
         return Outcome(stored, existing, total, time.perf_counter() - began)
 
-    def _publish(self, target: Path, checkpoint_id: str) -> tuple[Path, bool]:
-        try:
-            return self._tier.publish(target, checkpoint_id)
-        except OSError as error:
-            raise HearthError(Code.CHECKPOINT_UNAVAILABLE, f"The import failed: {error}.") from error
-
     def _plan(self, local: LocalSource, source: Source, *, compare: bool) -> Plan:
-        try:
-            return make_plan(local, source.dtype, chunk_bytes=self._chunk_bytes, compare=compare)
-        except OSError as error:
-            raise HearthError(Code.CHECKPOINT_UNAVAILABLE, f"{source.url} cannot be read: {error}.") from error
+        return make_plan(local, source.dtype, chunk_bytes=self._chunk_bytes, compare=compare)
 
     def _make_sure_of(self, needed_bytes: int) -> None:
         free_bytes = self._tier.free_bytes()
@@ -116,6 +116,17 @@ class Importer:
                 Code.NO_CAPACITY,
                 f"The import needs {needed_bytes} bytes; the disk of {self._tier.root} has {free_bytes} free.",
             )
+
+
+@contextmanager
+def _clear_errors(source: Source) -> Iterator[None]:
+    """What the operating system refuses, in one sentence."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        code = Code.NO_CAPACITY if full else Code.CHECKPOINT_UNAVAILABLE
+        raise HearthError(code, f"{source.url[:200]} cannot be imported: {error.strerror or error}.") from error
 
 
 def _look(local: LocalSource, plan: Plan, *, extra_bytes: int) -> Look:

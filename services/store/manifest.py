@@ -47,6 +47,9 @@ ALIGNMENT_BYTES: Final = 64  # of every tensor whose size allows it: a cache lin
 HEADER_LIMIT_BYTES: Final = 100_000_000  # the safetensors library's own limit
 
 _ID: Final = re.compile(r"[0-9a-f]{32}")
+_TEXT: Final = re.compile(
+    "[^\ud800-\udfff]{1,1024}", re.DOTALL
+)  # JSON can spell half characters; UTF-8 cannot hold them
 
 
 def corrupt(message: str) -> HearthError:
@@ -97,7 +100,9 @@ def parse_header(header: bytes, file_bytes: int, name: str) -> dict[str, HeaderT
             numbers = (*shape, begin, end)
         except (TypeError, KeyError, ValueError) as error:
             raise corrupt(f"{name} has a malformed entry for tensor {key!r}.") from error
-        if dtype not in DTYPES:
+        if not _TEXT.fullmatch(key):
+            raise corrupt(f"{name} has a tensor whose name is no text: {key!r}.")
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise HearthError(Code.UNSUPPORTED, f"{name}: tensor {key!r} has the unknown dtype {dtype!r}.")
         if any(type(number) is not int or number < 0 for number in numbers):
             raise corrupt(f"{name} has a malformed entry for tensor {key!r}.")

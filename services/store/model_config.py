@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -25,6 +26,7 @@ _HIDDEN: Final = ("hidden_size", "n_embd", "d_model", "n_embed")
 _HEADS: Final = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _KV_HEADS: Final = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num")
 _VOCABULARY: Final = ("vocab_size", "padded_vocab_size")
+_CLASS: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 DEFAULT_CONTEXT_TOKENS: Final = 2048  # of the few models whose configuration and tokenizer name no limit
 
 
@@ -55,6 +57,8 @@ def parse_config(data: bytes) -> ModelConfig:
     if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
         raise corrupt("config.json names no `architectures`, so this is no causal language model that can be served.")
     architecture = architectures[0]
+    if not _CLASS.fullmatch(architecture):
+        raise corrupt("config.json names something in `architectures` that is no class.")
     if not architecture.endswith(_CAUSAL):
         raise HearthError(Code.UNSUPPORTED, f"{architecture} is no causal language model.")
     inner = table.get("text_config")
@@ -100,7 +104,10 @@ def check_cast(config: ModelConfig, dtype: str | None) -> str | None:
 
 def config_with_dtype(config: ModelConfig, dtype: str) -> bytes:
     """The config.json that says `dtype` (torch's name) wherever it said another."""
-    return (json.dumps(_with_dtype(config.table, dtype, top=True), indent=2, ensure_ascii=False) + "\n").encode()
+    try:
+        return (json.dumps(_with_dtype(config.table, dtype, top=True), indent=2) + "\n").encode()
+    except RecursionError as error:
+        raise corrupt("config.json is nested too deeply.") from error
 
 
 def _with_dtype(table: Mapping[str, Any], dtype: str, *, top: bool) -> dict[str, Any]:

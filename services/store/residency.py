@@ -582,7 +582,7 @@ class Residency:
                     "architecture": event.stored.checkpoint.architecture,
                     "source": event.source.url,
                     "stored_bytes": event.stored.stored_bytes,
-                    "seconds_s": round(event.seconds, 3),
+                    "import_s": round(event.seconds, 3),
                     "existing": event.existing,
                 },
             )
@@ -687,7 +687,7 @@ class Residency:
         for key, want in list(self._wants.items()):
             if want.loading == id:
                 self._serve_want(key, want, id, now, actions, read_s=event.seconds)
-        facts: Facts = {"checkpoint_id": id, "image_bytes": copy.image_bytes, "seconds_s": round(event.seconds, 4)}
+        facts: Facts = {"checkpoint_id": id, "image_bytes": copy.image_bytes, "read_s": round(event.seconds, 4)}
         actions.append(Note("checkpoint.loaded", facts))
         actions.append(TouchRecord())
 

@@ -189,6 +189,13 @@ def test_refusals(tier: SsdTier, tmp_path: Path, damage: Callable[[Path], None],
     assert os.listdir(tier.checkpoints) == os.listdir(tier.root / "incoming") == []
 
 
+def test_paths_that_no_filesystem_takes_are_clear_errors(tier: SsdTier) -> None:
+    for url in ("/" + "x" * 5000, "/x\0y", "/" + "x/" * 5000):
+        with pytest.raises(HearthError) as refused:
+            importer(tier).look(Source(url=url))
+        assert refused.value.failure.code in (Code.INVALID_CHECKPOINT, Code.CHECKPOINT_UNAVAILABLE)
+
+
 def test_missing_directory_file_and_relative_path_are_refused(tier: SsdTier, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     cases = {str(tmp_path / "none"): "does not exist", str(tmp_path / "file"): "not a directory", "m": "neither"}
@@ -326,11 +333,15 @@ def test_moving_bytes_needs_no_torch(tmp_path: Path) -> None:
         "from services.store.importer import Importer; from services.store.tier import SsdTier;"
         "from shared.contracts.residency import Source;"
         f"one = Importer(SsdTier(Path({str(tmp_path / 'store')!r})), None, chunk_bytes=8192);"
-        f"print(one.run(Source(url={str(tmp_path / 'm')!r}), progressed=lambda a, b: None).stored.id)"
+        f"print(one.run(Source(url={str(tmp_path / 'm')!r}), progressed=lambda a, b: None).stored.id)\n"
+        f"try: one.look(Source(url={str(tmp_path / 'm')!r}, dtype='bfloat16'))\n"
+        "except Exception as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.strip()) == 32
+    id, refusal = done.stdout.splitlines()
+    assert len(id) == 32
+    assert "needs torch" in refusal
 
 
 def test_pieces_of_a_file_that_becomes_shorter(tmp_path: Path) -> None:

@@ -102,6 +102,8 @@ def _entry(dtype: str = "F32", shape: object = (2,), offsets: object = (0, 8)) -
         (_with_header([]), Code.INVALID_CHECKPOINT, "no table"),
         (_with_header({"a": {"dtype": "F32"}}), Code.INVALID_CHECKPOINT, "entry"),
         (_with_header({"a": _entry("F31")}), Code.UNSUPPORTED, "F31"),
+        (_with_header({"a": {**_entry(), "dtype": ["F32"]}}), Code.UNSUPPORTED, "unknown dtype"),
+        (_with_header({"\ud800": _entry()}), Code.INVALID_CHECKPOINT, "no text"),
         (_with_header({"a": _entry(shape=[-2])}), Code.INVALID_CHECKPOINT, "entry"),
         (_with_header({"a": _entry(shape=[2.0])}), Code.INVALID_CHECKPOINT, "entry"),
         (_with_header({"a": _entry(shape=[3])}), Code.INVALID_CHECKPOINT, "fit"),

@@ -68,6 +68,7 @@ def test_gpt2_uses_other_names() -> None:
         (b"\xff\xfe", Code.INVALID_CHECKPOINT, "malformed"),
         (b"[]", Code.INVALID_CHECKPOINT, "no JSON object"),
         (b"{}", Code.INVALID_CHECKPOINT, "architectures"),
+        (b'{"architectures": ["\\ud800ForCausalLM"]}', Code.INVALID_CHECKPOINT, "no class"),
         (b'{"architectures": []}', Code.INVALID_CHECKPOINT, "architectures"),
         (b'{"architectures": ["BertModel"]}', Code.UNSUPPORTED, "BertModel is no causal"),
         (b'{"architectures": ["LlamaForCausalLM"]}', Code.INVALID_CHECKPOINT, "vocab_size"),
