@@ -582,8 +582,9 @@ class Core:
                 self.cluster.rooms.pop(name, None)
         for name in [name for name in self._wanting_since if name not in self.cluster.deployments]:
             del self._wanting_since[name]
-            self._troubles.pop(name, None)
             self.cluster.rooms.pop(name, None)
+        for name in [name for name in self._troubles if name not in self.cluster.deployments]:
+            del self._troubles[name]
 
     def _rest(self, name: str, trouble: Trouble, now: float, out: list[Action]) -> None:
         if trouble.until > now:
