@@ -36,14 +36,15 @@ AnswerHandle = Callable[[Claimed | Gone | Failure], None]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """Seconds and counts. `quiet_s`: silence of an owner after its first frame until it is asked to give the request
-    back; `prefill_quiet_s`: the same before the first frame; `reclaim_s`: how long a request that was asked back waits
-    for its next claim before it is published again.
+    back; `prefill_quiet_s`: the same before the first frame (a long prompt on a slow device must not be interrupted);
+    `reconnect_quiet_s`: the same after the bus was away; `reclaim_s`: how long a request that was asked back waits for
+    its next claim before it is published again.
     """
 
     max_deliveries: int = 5
     max_republished: int = 3
-    quiet_s: float = 30.0
-    prefill_quiet_s: float = 180.0
+    quiet_s: float = 60.0
+    prefill_quiet_s: float = 600.0
     reconnect_quiet_s: float = 5.0
     reclaim_s: float = 15.0
     remind_s: float = 0.5

@@ -12,10 +12,10 @@ from prometheus_client import Counter
 
 from services.gateway import admin, completions
 from services.gateway.answers import refuse
-from services.gateway.rendering import REQUEST_ID_HEADER
+from services.gateway.rendering import REQUEST_ID_HEADER, error_body
 from services.gateway.service import Gateway
 from shared import metrics
-from shared.errors import Code, Failure, HearthError
+from shared.errors import TABLE, Code, Failure, HearthError
 
 ANSWERS: Final = Counter("hearth_gateway_http_answers", "HTTP answers by status", ["status"])
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -108,6 +108,11 @@ class Shared:
 
 async def _stamp(request: web.Request, response: web.StreamResponse) -> None:
     response.headers["Server"] = "hearth"
+    if response.status == 500 and isinstance(response, web.Response) and response.content_type != "application/json":
+        # aiohttp's answer to an exception that nobody caught (it has logged it): ours to say, in OpenAI's form.
+        body = error_body(Failure(code=Code.INTERNAL, message=TABLE[Code.INTERNAL].sentence))
+        response.body = body
+        response.headers.update({"Content-Type": "application/json", "Content-Length": str(len(body))})
     given = request.headers.get("x-request-id", "")
     call_id = response.headers.get(REQUEST_ID_HEADER)
     if _REQUEST_ID.fullmatch(given):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from typing import Any
 
@@ -439,6 +440,40 @@ async def test_bad_bodies(
         error = (await response.json())["error"]
         assert error["param"] == param
         assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (gzip.compress(b" " * 50_000_000), 413),
+        (b"this is not gzip", 400),
+        (gzip.compress(json.dumps(chat_body()).encode()), 200),
+    ],
+)
+async def test_compressed_bodies_are_bounded_by_what_is_in_them(
+    nats_url: str, redis_url: str, prefix: str, body: bytes, status: int
+) -> None:
+    async with cluster(nats_url, redis_url, prefix) as it:
+        await it.deploy()
+        await it.worker()
+        headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+        async with it.http.post(it.url + "/v1/chat/completions", data=body, headers=headers) as response:
+            assert response.status == status
+            assert ("error" in await response.json()) == (status != 200)
+
+
+async def test_our_own_fault_has_openais_form_and_does_not_end_the_gateway(
+    nats_url: str, redis_url: str, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster(nats_url, redis_url, prefix) as it:
+        await it.deploy()
+        await it.worker()
+        with monkeypatch.context() as patched:
+            patched.delattr("services.gateway.rendering.Rendering.whole")
+            status, body, _ = await it.chat()
+        assert (status, body["error"]["code"]) == (500, "internal")
+        assert "Traceback" not in body["error"]["message"]
+        assert (await it.chat())[0] == 200
 
 
 async def test_paths_that_are_none_have_openais_form_too(nats_url: str, redis_url: str, prefix: str) -> None:

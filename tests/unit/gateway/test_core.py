@@ -14,7 +14,7 @@ from shared.contracts.requests import Cancel, Claim, Claimed, Gone, Request, Sam
 from shared.contracts.residency import LoadProgress, Progress
 from shared.errors import Code, Failure
 
-CONFIG = c.Config(max_deliveries=3, max_republished=2)
+CONFIG = c.Config(max_deliveries=3, max_republished=2, quiet_s=30.0)
 
 
 def request(request_id: str) -> Request:
