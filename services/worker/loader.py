@@ -108,7 +108,7 @@ class TorchLoader:
         self._device = _device(device)
         if torch_threads:
             torch.set_num_threads(torch_threads)
-        self._mappings = Mappings(writable=self._device.type == "cuda")
+        self._mappings = Mappings(writable=self._device.type == "cuda", before_unmap=self._unpin)
         self._pins: dict[int, int] = {}  # address of a pinned mapping → bytes
         self._tokenizers = Tokenizers()
         self._lock = threading.Lock()
@@ -157,14 +157,13 @@ class TorchLoader:
     def close(self) -> None:
         """See `Loader`."""
         with self._lock:
-            for address in self._pins:
-                torch.cuda.cudart().cudaHostUnregister(address)
-            self._pins.clear()
             self._mappings.close()
 
     def _load(
         self, lease: Lease, kv_bytes: int, slots: int, max_context_tokens: int | None, sink: Sink, engine: str
     ) -> AttachedModel:
+        if engine not in ("auto", "batching", "sequential"):
+            raise HearthError(Code.UNSUPPORTED, f"There is no engine {engine!r}; use auto, batching or sequential.")
         started = time.perf_counter()
         directory = Path(lease.directory)
         read = _read(directory)
@@ -242,6 +241,10 @@ class TorchLoader:
         result = torch.cuda.cudart().cudaHostRegister(image.segment_address, image.segment_bytes, portable)
         if int(result) == 0:
             self._pins[image.segment_address] = image.segment_bytes
+
+    def _unpin(self, address: int) -> None:
+        if self._pins.pop(address, None) is not None:
+            torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def _device(name: str) -> torch.device:

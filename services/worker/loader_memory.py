@@ -12,7 +12,7 @@ import ctypes
 import mmap
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
@@ -64,10 +64,12 @@ class Mappings:
     """The mappings of this worker. Thread-safe.
 
     `writable` asks for a writable mapping where the file allows it: CUDA pins only such memory without special support.
+    `before_unmap` is told the address of the mapping of a whole segment before it goes.
     """
 
-    def __init__(self, *, writable: bool = False) -> None:
+    def __init__(self, *, writable: bool = False, before_unmap: Callable[[int], None] | None = None) -> None:
         self._writable = writable
+        self._before_unmap = before_unmap
         self._lock = threading.Lock()
         self._segments: dict[str, _Segment] = {}
 
@@ -101,7 +103,7 @@ class Mappings:
             image.segment.users -= 1
             current = image.segment in self._segments.values()
             if image.segment.users == 0 and not current:
-                _unmap(image.segment)
+                self._unmap(image.segment)
 
     def close(self) -> None:
         """Unmap everything that is not in use."""
@@ -109,7 +111,7 @@ class Mappings:
             for path, segment in list(self._segments.items()):
                 if segment.users == 0:
                     del self._segments[path]
-                    _unmap(segment)
+                    self._unmap(segment)
 
     def _part(self, lease: Lease, descriptor: int, status: os.stat_result, writable: bool) -> Image:
         identity = (status.st_dev, status.st_ino)
@@ -119,7 +121,7 @@ class Mappings:
                 if (
                     segment is not None and segment.users == 0
                 ):  # the store started anew: another file under the old name
-                    _unmap(segment)
+                    self._unmap(segment)
                 address = _mmap(None, status.st_size, writable, mmap.MAP_SHARED, descriptor, 0)
                 # The page table is filled beside the first load, which needs only its own pages.
                 populate = threading.Thread(
@@ -137,6 +139,12 @@ class Mappings:
             stitched=False,
             segment=segment,
         )
+
+    def _unmap(self, segment: _Segment) -> None:
+        segment.populate.join()
+        if self._before_unmap is not None:
+            self._before_unmap(segment.address)
+        _libc.munmap(segment.address, segment.size_bytes)
 
 
 def _contiguous(lease: Lease) -> bool:
@@ -190,8 +198,3 @@ def _populate(address: int, size_bytes: int) -> None:
     for start in range(0, size_bytes, step):
         if _libc.madvise(address + start, min(step, size_bytes - start), _MADV_POPULATE_READ) != 0:
             return  # an old kernel, or memory that is not there: nothing but speed is lost
-
-
-def _unmap(segment: _Segment) -> None:
-    segment.populate.join()
-    _libc.munmap(segment.address, segment.size_bytes)

@@ -301,6 +301,12 @@ def test_a_lease_that_cannot_be_mapped(loader: TorchLoader, llama: Path, tmp_pat
         assert refused.value.failure.code is Code.CHECKPOINT_CORRUPT
 
 
+def test_an_engine_that_does_not_exist(loader: TorchLoader, llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(HearthError) as refused:
+        tokens_through(loader, make_lease(llama, tmp_path / "pool"), engine="steam")
+    assert refused.value.failure.code is Code.UNSUPPORTED
+
+
 def test_a_directory_that_is_gone_or_has_a_broken_manifest(loader: TorchLoader, llama: Path, tmp_path: Path) -> None:
     directory = shutil.copytree(llama, tmp_path / "model")
     lease = make_lease(directory, tmp_path / "pool")

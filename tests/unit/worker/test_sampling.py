@@ -130,7 +130,7 @@ def test_frequencies_follow_the_softmax() -> None:
 
 def test_a_token_depends_on_seed_and_index_and_on_nothing_else() -> None:
     scores = scores_of(40)
-    how: list[dict[str, float]] = [
+    how: list[dict[str, Any]] = [
         {},
         {"top_k": 9},
         {"top_p": 0.7},
