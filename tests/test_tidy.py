@@ -203,12 +203,13 @@ def test_every_variable_in_the_documents_exists() -> None:
     mentioned = re.compile(r"\bHEARTH_[A-Z0-9_]*[A-Z0-9]\b(?![*_])")
     texts = [path for path in tracked() if path.suffix in TEXT_SUFFIXES - {".json"} and path.stat().st_size < 2**20]
     own = {name(path) for path in tracked() if name(path).startswith(("tests/", ".ci/"))}
+    known = known_variables()
     unknown = {
         f"{name(path)}: {word}"
         for path in texts
         if name(path) not in own
         for word in mentioned.findall(path.read_text(encoding="utf-8", errors="replace"))
-        if word not in known_variables()
+        if word not in known
     }
     assert unknown == set()
 
