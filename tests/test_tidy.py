@@ -115,8 +115,9 @@ def test_public_classes_and_functions_have_docstrings() -> None:
     silent = []
     for path in sources(*PRODUCTION):
         for found in tree(path).body:
-            public = isinstance(found, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-            if public and not found.name.startswith("_") and ast.get_docstring(found) is None:
+            if not isinstance(found, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            if not found.name.startswith("_") and ast.get_docstring(found) is None:
                 silent.append(f"{name(path)}: {found.name}")
     assert silent == []
 
@@ -149,7 +150,9 @@ def test_no_task_without_an_owner() -> None:
     loose = []
     for path in sources(*PRODUCTION):
         for found in ast.walk(tree(path)):
-            called = dotted(found.func) if isinstance(found, ast.Call) else ""
+            if not isinstance(found, ast.Call):
+                continue
+            called = dotted(found.func)
             owner, _, method = called.rpartition(".")
             # A TaskGroup's own create_task is the one that is meant; asyncio's and the loop's are not.
             if method in LOOSE_TASKS and (owner in {"", "asyncio"} or owner.endswith("loop")):

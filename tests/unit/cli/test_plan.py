@@ -16,8 +16,13 @@ from services.cli.up import STOP_ORDER, banner
 PROGRAMS = {"nats-server": Program(Path("/bin/nats-server")), "redis-server": Program(Path("/bin/redis-server"))}
 
 
-def plan_of(tmp_path: Path, environ: dict[str, str] | None = None, **wish: int) -> Plan:
-    return make(Wish(data_dir=tmp_path, port=free_port(), dram_bytes=2**20, **wish), PROGRAMS, environ or {})
+def plan_of(
+    tmp_path: Path, environ: dict[str, str] | None = None, *, servers: int = 1, workers_per_server: int = 1
+) -> Plan:
+    wish = Wish(
+        data_dir=tmp_path, port=free_port(), dram_bytes=2**20, servers=servers, workers_per_server=workers_per_server
+    )
+    return make(wish, PROGRAMS, environ or {})
 
 
 def by_name(plan: Plan) -> dict[str, ChildPlan]:

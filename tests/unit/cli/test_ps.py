@@ -26,10 +26,10 @@ CHECKPOINT = Checkpoint(
 )  # fmt: skip
 
 
-def server(number: int, **tiers: dict[str, int]) -> ServerRecord:
+def server(number: int, *, ssd: dict[str, int], dram: dict[str, int] | None = None) -> ServerRecord:
     return ServerRecord(
         server_id=f"server-{number}", phase=Phase.READY, host="h", pid=1, dram_capacity_bytes=2**30, dram_used_bytes=0,
-        leased_bytes=0, ssd_capacity_bytes=2**40, ssd_used_bytes=12 * 2**20, **tiers,
+        leased_bytes=0, ssd_capacity_bytes=2**40, ssd_used_bytes=12 * 2**20, dram=dram or {}, ssd=ssd,
     )  # fmt: skip
 
 
