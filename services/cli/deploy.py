@@ -55,9 +55,13 @@ def spec_of(options: Mapping[str, Any], document: object, folder: Path, here: Pa
     source = {"url": source} if isinstance(source, str) else source
     if not isinstance(source, dict):
         raise UsageError("`source` is a directory, hf:ORG/NAME, or a mapping with url, revision and dtype.")
+    # A file may use the words of the options as well as those of the contract: `keep_alive` or `keep_alive_s`.
+    source |= {name: fields.pop(name) for name in ("revision", "dtype") if name in fields}
+    fields = {OPTIONS.get(key, key): value for key, value in fields.items()}
     known = set(DeploymentSpec.__struct_fields__)
     if unknown := sorted(set(fields) - known) + sorted(f"source.{key}" for key in set(source) - set(SOURCE_FIELDS)):
-        raise UsageError(f"{', '.join(unknown)}: no such field; a deployment has {', '.join(sorted(known))}.")
+        words = sorted({"name", "source", "revision", "dtype", *OPTIONS})
+        raise UsageError(f"{', '.join(unknown)}: no such field; a deployment has {', '.join(words)}.")
     if isinstance(source.get("url"), str):
         source = {**source, "url": source_url(source["url"], folder)}
     if options.get("source"):

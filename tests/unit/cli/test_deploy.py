@@ -37,6 +37,17 @@ def test_a_file_with_directories_relative_to_it() -> None:
     )
 
 
+def test_a_file_with_the_words_of_the_options() -> None:
+    document = {
+        "name": "m", "source": "hf:org/name", "revision": "main", "dtype": "bfloat16", "keep_alive": 5,
+        "max_context": 128, "min_replicas": 0,
+    }  # fmt: skip
+    assert spec_of({}, document, FOLDER, HERE) == DeploymentSpec(
+        name="m", source=Source(url="hf:org/name", revision="main", dtype="bfloat16"), keep_alive_s=5.0,
+        max_context_tokens=128,
+    )  # fmt: skip
+
+
 def test_options_go_over_the_file() -> None:
     document = {"name": "m", "source": {"url": "model", "dtype": "float16"}, "max_replicas": 2}
     spec = spec_of({"name": "other", "source": "model", "max_replicas": 5}, document, FOLDER, HERE)
@@ -55,7 +66,7 @@ def test_home_and_absolute_directories(monkeypatch: pytest.MonkeyPatch) -> None:
         ({}, None, "Which name"),
         ({"name": "m"}, None, "--source"),
         ({}, ["m"], "mapping"),
-        ({}, {"name": "m", "source": "x", "keep_alive": 3}, "keep_alive: no such field"),
+        ({}, {"name": "m", "source": "x", "keepalive": 3}, "keepalive: no such field"),
         ({}, {"name": "m", "source": {"url": "x", "branch": "y"}}, "source.branch: no such field"),
         ({}, {"name": "m", "source": 3}, "`source` is"),
         ({}, {"name": "m", "source": {"url": 3}}, "source.url"),
