@@ -12,6 +12,7 @@ from typing import Final
 
 import pytest
 
+from services.cli.settings import markdown
 from shared.settings import known_variables
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -215,6 +216,11 @@ def test_every_variable_in_the_documents_exists() -> None:
         if word not in known
     }
     assert unknown == set()
+
+
+def test_the_table_of_settings_in_the_documents_is_the_real_one() -> None:
+    written = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert written == markdown(), "write it anew: ./hearth settings --markdown > docs/configuration.md"
 
 
 def _lines_with(pattern: re.Pattern[str], paths: list[Path]) -> list[str]:

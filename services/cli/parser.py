@@ -178,6 +178,7 @@ def _test(parser: argparse.ArgumentParser) -> None:
 def _settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("service", nargs="?", choices=tuple(SERVICES), help="only the variables of this service")
     parser.add_argument("--json", action="store_true", help="print them as JSON")
+    parser.add_argument("--markdown", action="store_true", help="print all of them as docs/configuration.md holds them")
 
 
 def _nothing(parser: argparse.ArgumentParser) -> None:

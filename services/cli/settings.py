@@ -19,8 +19,25 @@ def table() -> dict[str, list[tuple[str, str, str]]]:
     return groups
 
 
+def markdown() -> str:
+    """The table as `docs/configuration.md` holds it."""
+    lines = [
+        "# Configuration",
+        "",
+        "Every environment variable that Hearth reads; written by `hearth settings --markdown`. A malformed value, or a",
+        "`HEARTH_` variable that is not in this list, is a start-up error.",
+    ]
+    for group, found in table().items():
+        lines += ["", f"## {group[0].upper()}{group[1:]}", "", "| variable | default | meaning |", "|---|---|---|"]
+        lines += [f"| `{name}` | {f'`{default}`' if default else ''} | {text} |" for name, default, text in found]
+    return "\n".join(lines) + "\n"
+
+
 def settings(options: argparse.Namespace) -> int:
     """Print the table."""
+    if options.markdown:
+        print(markdown(), end="")
+        return 0
     groups = table()
     if options.service:
         groups = {name: groups[name] for name in ("every service", options.service)}
