@@ -24,8 +24,8 @@ def markdown() -> str:
     lines = [
         "# Configuration",
         "",
-        "Every environment variable that Hearth reads; written by `hearth settings --markdown`. A malformed value, or a",
-        "`HEARTH_` variable that is not in this list, is a start-up error.",
+        "Every environment variable that Hearth reads; written by `hearth settings --markdown`. A malformed value, or",
+        "a `HEARTH_` variable that is not in this list, is a start-up error.",
     ]
     for group, found in table().items():
         lines += ["", f"## {group[0].upper()}{group[1:]}", "", "| variable | default | meaning |", "|---|---|---|"]
