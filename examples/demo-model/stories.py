@@ -290,6 +290,15 @@ _MORALS = (
 _FRIENDS = ("fox", "bear", "owl", "rabbit", "mouse", "wolf", "hedgehog", "raven", "deer", "bird", "turtle", "goat", "squirrel", "badger")  # fmt: skip
 
 
+def _by_kind(rng: random.Random, sentence: str) -> str:
+    """Call the hero by kind now and then, so that the subject of the question stays in sight."""
+    text, *pieces = sentence.split("{name}")
+    for piece in pieces:
+        begins = text == "" or text.endswith((". ", "? ", "! "))
+        text += ("{name}" if rng.random() < 0.65 else "{The}" if begins else "{the}") + piece
+    return text
+
+
 def story(
     rng: random.Random,
     cast: Cast,
@@ -319,6 +328,8 @@ def story(
         "trait": trait or rng.choice(TRAITS if " " not in cast.kind else ("curious", "gentle", "cheerful", "kind")),
         "place": place,
         "Place": capital(place),
+        "the": f"the {cast.kind}",
+        "The": f"The {cast.kind}",
     }
     if clause is not None:
         plots = [CLAUSES[clause][2]]
@@ -326,7 +337,8 @@ def story(
     opening = rng.choice(_OPENING)
     if length == "short":
         return expand(rng, " ".join([opening, *rng.choice(_SHORT_THING if thing else _SHORT)]), **slots)
-    parts = [opening, rng.choice(_HABIT) if clause is None else CLAUSES[clause][1], *plot]
+    parts = [opening, rng.choice(_HABIT) if clause is None else CLAUSES[clause][1]]
+    parts += [_by_kind(rng, sentence) for sentence in plot]
     if length == "long":
         others = [other for other in _PLOTS if other is not plot and other is not _CONTEST and other is not _FEAR]
         links = (
@@ -334,7 +346,7 @@ def story(
             "[A year later|Some time later|When autumn came], something else happened. ",
         )
         for link, other in zip(links, rng.sample(others, 2), strict=True):
-            parts += ["\n\n" + link + other[0], *other[1:]]
+            parts += ["\n\n" + link + other[0], *(_by_kind(rng, sentence) for sentence in other[1:])]
     parts.append(rng.choice(_MORALS))
     return re.sub(r" +(\n|$)", r"\1", expand(rng, " ".join(parts), **slots)).replace("\n ", "\n")
 

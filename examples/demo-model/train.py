@@ -4,7 +4,7 @@ The corpus is generated (``corpus.py``); a word list from a Debian package adds 
 copy a subject which it does not know from the question into its answer. Everything is drawn from one seed: the same
 seed, options and versions on the same kind of processor give the same model.
 
-    python train.py                      # about an hour on two cores
+    python train.py                      # about half an hour on two idle cores
     python train.py --steps 200          # a quick look whether everything works
     python train.py --words ""           # without the word list, for machines that are not Debian
 """
@@ -12,6 +12,7 @@ seed, options and versions on the same kind of processor give the same model.
 import argparse
 import json
 import logging
+import math
 import random
 import subprocess
 import tempfile
@@ -57,7 +58,7 @@ CHAT_TEMPLATE = """\
 
 
 def rare_words(package: str) -> list[str]:
-    """Read the word list of a Debian package, from this machine or else from a download that leaves nothing behind."""
+    """Read the word list of a Debian package, downloaded for the moment only: nothing of it is installed or kept."""
     if not package:
         return []
     with tempfile.TemporaryDirectory() as directory:
@@ -207,9 +208,13 @@ def train(arguments: argparse.Namespace) -> None:
     torch.manual_seed(arguments.seed)
     torch.set_num_threads(arguments.threads)
     words = corpus.Words(rare_words(arguments.words))
-    tokenizer = train_tokenizer(random.Random(arguments.seed), words, arguments.vocabulary, documents=15000)
+    if arguments.start is not None:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.start)
+        model = LlamaForCausalLM.from_pretrained(arguments.start).train()
+    else:
+        tokenizer = train_tokenizer(random.Random(arguments.seed), words, arguments.vocabulary, documents=15000)
+        model = make_model(tokenizer, arguments)
     encoder = Encoder(tokenizer)
-    model = make_model(tokenizer, arguments)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     LOG.info("vocabulary %d, %.2f M parameters, %d rare words", len(tokenizer), parameters / 1e6, len(words.rare))
 
@@ -235,8 +240,10 @@ def train(arguments: argparse.Namespace) -> None:
     began, recent, labelled = time.monotonic(), [], 0
     history = []
     for step in range(1, arguments.steps + 1):
-        warm = min(1.0, step / arguments.warmup)
-        scale = warm * max(0.0, 1.0 - (step - 1) / arguments.steps)
+        minutes = (time.monotonic() - began) / 60
+        progress = max((step - 1) / arguments.steps, minutes / arguments.minutes)
+        scale = min(1.0, step / arguments.warmup) * max(0.0, 1.0 - progress)
+        last = step == arguments.steps or minutes >= arguments.minutes
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = arguments.lr * scale
@@ -250,34 +257,43 @@ def train(arguments: argparse.Namespace) -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         recent.append(loss.item())
-        if step % arguments.log_every == 0 or step == arguments.steps:
-            minutes = (time.monotonic() - began) / 60
+        if step % arguments.log_every == 0 or last:
             tokens = step * arguments.batch_tokens
             mean = sum(recent) / len(recent)
             history.append({"step": step, "tokens": tokens, "minutes": round(minutes, 2), "loss": round(mean, 4)})
             LOG.info("step %d, %.2f M tokens, %.1f minutes, loss %.4f", step, tokens / 1e6, minutes, mean)
             recent = []
-        if step % arguments.save_every == 0 or step == arguments.steps:
+        if step % arguments.save_every == 0 or last:
             model.eval()
             save(model, tokenizer, arguments.output)
             for question in ("Hello, who are you?", "Tell me a story about a dragon", "Write a haiku about fire"):
                 LOG.info("%s -> %s", question, say(model, tokenizer, question))
             model.train()
+        if last:
+            break
     LOG.info("%.2f M of the tokens had a label", labelled / 1e6)
-    arguments.history.write_text(json.dumps(history, indent=1) + "\n", "utf-8")
+    if arguments.history is not None:
+        arguments.history.write_text(json.dumps(history, indent=1) + "\n", "utf-8")
 
 
 def main() -> None:
     """Read the options and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=HERE / "model", help="where the Hugging Face directory goes")
-    parser.add_argument("--history", type=Path, default=HERE / "history.json", help="where the losses go")
+    parser.add_argument("--history", type=Path, help="a JSON file for the losses; none by default")
     parser.add_argument(
         "--words", default="wamerican-small", help="the Debian package of the word list; empty for none"
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=math.inf,
+        help="finish by then, with fewer steps if need be (the result then depends on the speed of the machine)",
+    )
+    parser.add_argument("--start", type=Path, help="go on from the model in this directory instead of from scratch")
     parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens per step")
     parser.add_argument("--length", type=int, default=512, help="tokens per row; every fifth batch has twice as many")
     parser.add_argument("--lr", type=float, default=3e-3, help="the peak learning rate")
