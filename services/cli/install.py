@@ -193,7 +193,8 @@ def install(root: Path, set_name: str, stamp: str) -> None:
 
 
 def _install(root: Path, set_name: str, python: Path, log: IO[str], lock: int, progress: Progress) -> None:
-    if not works(python):
+    fresh = not works(python)
+    if fresh:
         if sentence := missing_module(sys.version_info[:2], lambda name: importlib.util.find_spec(name) is not None):
             raise InstallError(sentence)
         progress.step(f"first start: making {root.name}/.venv; everything stays in this directory, once, some minutes")
@@ -204,7 +205,7 @@ def _install(root: Path, set_name: str, python: Path, log: IO[str], lock: int, p
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar=off"]
     pinned = ["-c", str(root / "constraints.txt")]
     # First and alone: a resolver that may weigh torch against something else can fetch several of its gigabytes.
-    progress.step("installing torch (0.2 to 3 GB)")
+    progress.step("installing torch (0.2 to 3 GB)" if fresh else "what is pinned has changed: bringing .venv up to date")
     run([*pip, *pinned, TORCH], log, lock, progress)
     progress.step("installing Hearth and what it needs" + (" to be tested" if set_name == "test" else ""))
     run([*pip, *pinned, "-e", f"{root}[{EXTRAS[set_name]}]"], log, lock, progress)
