@@ -125,6 +125,14 @@ class DeploymentGone:
 
 
 @dataclass(frozen=True, slots=True)
+class DeploymentFailed:
+    """No server can load a deployment, and no replica of it answers: who waits for one waits in vain."""
+
+    deployment: str
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
 class Reconnected:
     """The bus was away and is back: anything may have been lost."""
 
@@ -145,6 +153,7 @@ Event = (
     | ClientLeft
     | ProgressArrived
     | DeploymentGone
+    | DeploymentFailed
     | Reconnected
     | Closing
 )
@@ -371,6 +380,10 @@ class GatewayCore:
                 gone = Failure(code=Code.UNKNOWN_MODEL, message=f"The model {deployment!r} was deleted.", param="model")
                 for call in [call for call in self._calls.values() if call.deployment == deployment]:
                     self._fail_call(call, gone, now, out)
+            case DeploymentFailed(deployment=deployment, failure=failure):
+                for call in [call for call in self._calls.values() if call.deployment == deployment]:
+                    if any(live.state is not State.STREAMING for live in call.open.values()):
+                        self._fail_call(call, failure, now, out)
             case Reconnected():
                 for live in self._live.values():
                     if live.state is State.STREAMING:

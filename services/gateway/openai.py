@@ -447,6 +447,8 @@ def admit(call: Call, record: DeploymentRecord | None) -> Failure | None:
     if record is None or record.state is DeploymentState.DELETING:
         message = f"The model {_short(call.model)} does not exist."
         return Failure(code=Code.UNKNOWN_MODEL, message=message, param="model")
+    if record.failure is not None:
+        return record.failure
     checkpoint = record.checkpoint
     if checkpoint is None:
         return None

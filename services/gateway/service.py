@@ -23,6 +23,7 @@ from services.gateway.core import (
     Conclude,
     Config,
     Deliver,
+    DeploymentFailed,
     DeploymentGone,
     Event,
     Fail,
@@ -160,6 +161,8 @@ class Gateway:
         self._deployments[name] = record
         if record.state is DeploymentState.DELETING:
             self._driver.post(DeploymentGone(name))
+        elif record.failure is not None:
+            self._driver.post(DeploymentFailed(name, record.failure))
 
     async def keep_looking(self) -> None:
         """Keep the picture fresh until cancelled: when told that a record changed, and every few seconds."""

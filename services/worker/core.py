@@ -43,6 +43,7 @@ class Limits:
     ack_wait_s: float
     max_deliveries: int
     drain_s: float
+    kv_bytes_max: int
     engine: str = ""
 
 
@@ -191,7 +192,9 @@ class WorkerCore:
             case e.DrainAsked():
                 return self._drain(now)
             case e.LeaseAnswered():
-                return self.replicas[event.replica_id].lease_answered(event.answer, now)
+                replica = self.replicas[event.replica_id]
+                free = self.limits.memory_total_bytes - self.memory_used_bytes + replica.memory_bytes
+                return replica.lease_answered(event.answer, now, free_bytes=free)
             case e.LeasesRenewed():
                 return self._renewed(event.answer, now)
             case e.Attached():
@@ -225,6 +228,7 @@ class WorkerCore:
             reserved_bytes=self._needed_bytes(message),
             engine=self.limits.engine or message.engine or "auto",
             keeps_lease=not self.limits.weights_on_device,
+            kv_bytes_max=self.limits.kv_bytes_max,
             now=now,
         )
         self.replicas[replica.id] = replica
@@ -336,6 +340,9 @@ class WorkerCore:
         match answer:
             case Gone():
                 return [e.Ack(token), *self._over(run, "gone", now)]
+            case Failure(code=Code.STALE_EPOCH):
+                # A later delivery was claimed: this token is void, and the message is that owner's safety net.
+                return self._over(run, "superseded", now)
             case Failure():
                 if run.tries < len(CLAIM_RETRIES_S):
                     run.retry_at = now + CLAIM_RETRIES_S[run.tries]

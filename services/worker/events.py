@@ -365,6 +365,7 @@ class Attach:
     message: LoadReplica
     lease: Lease
     engine: str
+    kv_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

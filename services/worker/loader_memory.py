@@ -9,6 +9,7 @@ no address.
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import threading
@@ -172,8 +173,8 @@ def _stitch(lease: Lease, descriptor: int, writable: bool) -> Image:
 def _opened(path: str, writable: bool) -> Iterator[tuple[int, bool]]:
     try:
         descriptor = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
-    except PermissionError:
-        if not writable:
+    except OSError as error:
+        if not writable or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         writable = False
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -68,6 +68,7 @@ async def work(context: Context[WorkerSettings], loader: Loader, leases: Leases,
         ack_wait_s=settings.ack_wait_s,
         max_deliveries=settings.max_deliveries,
         drain_s=settings.drain_s,
+        kv_bytes_max=settings.kv_bytes_max,
         engine="" if settings.engine in ("auto", "null") else settings.engine,
     )
     core = WorkerCore(limits)

@@ -27,13 +27,15 @@ from services.worker.events import (
 )
 from services.worker.ports import Loaded
 from shared.backoff import delay_s
+from shared.capacity import context_tokens, kv_cache_bytes
 from shared.contracts.generation import Ledger
 from shared.contracts.placement import LoadReplica, StopReplica
 from shared.contracts.records import ReplicaRecord, ReplicaState
-from shared.contracts.residency import Lease, LoadProgress, Progress, Release
+from shared.contracts.residency import Checkpoint, Lease, LoadProgress, Progress, Release
 from shared.errors import Code, Failure
 
 ACQUIRE_TRIES: Final = 6  # in a row without any answer from the store: about 6 s, then the load has failed
+RECORD_INTERVAL_S: Final = 0.2  # at most so often does a replica that falls idle write its record by itself
 
 
 class Replica:
@@ -48,11 +50,13 @@ class Replica:
         reserved_bytes: int,
         engine: str,
         keeps_lease: bool,
+        kv_bytes_max: int,
         now: float,
     ) -> None:
         self.message: Final = message
         self.id: Final = message.replica_id
-        self.reserved_bytes: Final = reserved_bytes
+        self.reserved_bytes = reserved_bytes
+        self.kv_bytes = message.kv_bytes
         self.state = ReplicaState.LOADING
         self.failure: Failure | None = None
         self.loaded: Loaded | None = None
@@ -71,6 +75,8 @@ class Replica:
         self.progress = Progress(phase="queued")
         self._engine: Final = engine
         self._keeps_lease: Final = keeps_lease
+        self._kv_bytes_max: Final = kv_bytes_max
+        self._recorded_at = now
         self._worker_id: Final = worker_id
         self._server_id: Final = server_id
         self._attach_from = now
@@ -99,19 +105,22 @@ class Replica:
             OpenPuller(self.id, self.message.slug),
         ]
 
-    def lease_answered(self, answer: Progress | Lease | Failure, now: float) -> list[Action]:
-        """The store spoke."""
+    def lease_answered(self, answer: Progress | Lease | Failure, now: float, *, free_bytes: int) -> list[Action]:
+        """The store spoke. `free_bytes` is the device memory that this replica may take."""
         self._landed("lease")
         match answer:
             case Lease():
                 self.lease, self.leased = answer, True
                 if self.state is ReplicaState.LOADING:
+                    refused = self._settle(answer.checkpoint, free_bytes)
+                    if refused is not None:
+                        return self.fail(refused, now)
                     self._attach_from = now
                     self.progress = Progress(phase="attaching", total_bytes=answer.checkpoint.weight_bytes)
                     self._flying("attach")
                     told = LoadProgress(deployment=self.message.slug, server_id=self._server_id, progress=self.progress)
                     return [
-                        Attach(self.message, answer, self._engine),
+                        Attach(self.message, answer, self._engine, self.kv_bytes),
                         PublishProgress(self.message.slug, told),
                         RecordReplica(self.id),
                     ]
@@ -128,6 +137,23 @@ class Replica:
                         return self.fail(answer, now)
                     self.retry_at = now + delay_s(self._tries)
         return self.advance(now)
+
+    def _settle(self, checkpoint: Checkpoint, free_bytes: int) -> Failure | None:
+        """Settle what a lazy load left open: who commanded it did not know the checkpoint."""
+        if self.kv_bytes:
+            return None
+        self.kv_bytes = kv_cache_bytes(
+            kv_bytes_per_token=checkpoint.kv_bytes_per_token,
+            slots=self.message.slots,
+            max_context_tokens=context_tokens(checkpoint.max_context_tokens, self.message.max_context_tokens or None),
+            most_bytes=self._kv_bytes_max,
+        )
+        needed = self.kv_bytes + (0 if self._keeps_lease else checkpoint.weight_bytes)
+        if needed > free_bytes:
+            message = f"{needed} bytes are needed and worker {self._worker_id} has {free_bytes} bytes free."
+            return Failure(code=Code.OUT_OF_MEMORY, message=message)
+        self.reserved_bytes = needed
+        return None
 
     def attached(self, loaded: Loaded, now: float) -> list[Action]:
         """The model answers."""
@@ -176,9 +202,14 @@ class Replica:
     def give_up(self, token: str, now: float) -> list[Action]:
         """A request that was taken is over."""
         del self.held[token]
+        actions: list[Action] = []
         if not self.held:
             self.idle_since = now
-        return self.advance(now)
+            if self.state is ReplicaState.READY and now - self._recorded_at >= RECORD_INTERVAL_S:
+                # Somebody may be waiting for this replica's place. Under quick requests the heartbeat has to do.
+                self._recorded_at = now
+                actions.append(RecordReplica(self.id))
+        return [*actions, *self.advance(now)]
 
     def refusal_of_stop(self, message: StopReplica) -> Failure | None:
         """Why this stop must not be: only if it runs something, and neither drain nor abort was asked for."""

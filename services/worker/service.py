@@ -326,7 +326,7 @@ class WorkerShell:
                 self._load_threads,
                 lambda: self._loader.load(
                     action.lease,
-                    kv_bytes=message.kv_bytes,
+                    kv_bytes=action.kv_bytes,
                     slots=message.slots,
                     max_context_tokens=message.max_context_tokens,
                     sink=stepped,

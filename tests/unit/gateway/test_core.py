@@ -377,6 +377,20 @@ def test_a_deleted_deployment_ends_its_calls() -> None:
     assert len(only(out, c.CancelWork)) == 1
 
 
+def test_a_deployment_that_cannot_be_loaded_ends_the_calls_that_wait_but_not_those_that_stream() -> None:
+    bench = Bench()
+    bench.admit("a")
+    bench.do(c.Published("a", 0, 17))
+    bench.admit("b")
+    bench.claim("b")
+    corrupt = Failure(code=Code.CHECKPOINT_CORRUPT, message="Chunk 3 is damaged.")
+    assert bench.do(c.DeploymentFailed("other", corrupt)) == []
+    out = bench.do(c.DeploymentFailed("m", corrupt))
+    assert bench.failed == [("a", corrupt)]
+    assert only(out, c.Unqueue) == [c.Unqueue(17)]
+    assert bench.core.open_requests == 1
+
+
 def test_closing_ends_everything() -> None:
     bench = Bench()
     bench.admit("a")
@@ -384,6 +398,9 @@ def test_closing_ends_everything() -> None:
     bench.do(c.Closing(Failure(code=Code.DRAINING, message="bye")))
     assert [failure.code for _, failure in bench.failed] == [Code.DRAINING] * 2
     assert bench.core.open_requests == 0
+
+
+LOST = c.DeploymentFailed("m", Failure(code=Code.NO_CAPACITY, message="No room."))
 
 
 def progress(done: int, phase: str = "reading") -> c.ProgressArrived:
@@ -455,7 +472,7 @@ class Cluster:
         elif pick < 0.34 and self.calls:
             self.post(c.ClientLeft(f"c{self.random.randint(1, self.calls)}"))
         elif pick < 0.36:
-            self.post(self.random.choice((c.Reconnected(), c.DeploymentGone("x"), progress(1))))
+            self.post(self.random.choice((c.Reconnected(), c.DeploymentGone("x"), LOST, progress(1))))
         elif pick < 0.5:
             self.bench.now += self.random.expovariate(1)
             self.time()

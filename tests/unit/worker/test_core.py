@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from services.worker import events as e
@@ -10,7 +11,7 @@ from shared.contracts.generation import FinishReason, Frame
 from shared.contracts.requests import Claimed, Gone, Sampling
 from shared.contracts.residency import Done
 from shared.errors import Code, Failure
-from tests.unit.worker.world import EOS, World, end, items, only, request, some
+from tests.unit.worker.world import EOS, FakePuller, World, end, items, lease, load, only, request, some
 
 UNAVAILABLE = Failure(code=Code.UNAVAILABLE, message="Nobody serves it.")
 BROKEN = Failure(code=Code.INTERNAL, message="The engine failed.")
@@ -31,7 +32,50 @@ def free_slots(world: World) -> int:
     return world.core.replicas["r1"].wanted
 
 
+# -- a load whose checkpoint nobody knew
+
+
+def lazily(world: World, **facts: int) -> list[e.Action]:
+    world.ask_load(load(kv_bytes=0, max_context_tokens=0, slots=2))
+    world.send(e.PullerOpened("r1", FakePuller()))
+    found = lease(lease_id="lease-r1")
+    known = msgspec.structs.replace(found.checkpoint, **{"kv_bytes_per_token": 1, "max_context_tokens": 16, **facts})
+    return world.send(e.LeaseAnswered("r1", msgspec.structs.replace(found, checkpoint=known)))
+
+
+def test_a_lazy_load_sizes_its_kv_cache_by_the_lease() -> None:
+    world = World()
+    assert only(lazily(world), e.Attach).kv_bytes == 32  # two slots of sixteen tokens
+    assert world.core.memory_used_bytes == 32
+
+
+def test_a_lazy_load_that_does_not_fit_fails_and_returns_its_lease() -> None:
+    world = World()
+    lazily(world, max_context_tokens=160)
+    world.send(e.PullerClosed("r1"))
+    assert only(world.actions, e.ReleaseLease).message.lease_id == "lease-r1"
+    world.send(e.RecordRemoved("r1"))
+    assert only(world.actions, e.PublishFailed).message.failure.code is Code.OUT_OF_MEMORY
+
+
+def test_a_replica_that_falls_idle_says_so_at_once_but_not_for_every_request(world: World) -> None:
+    world.wait(1.0)
+    sequence = world.running()
+    assert some(world.step(SequenceEnd(sequence, EndReason.LENGTH)), e.RecordReplica)
+    sequence = world.running(token="t2")
+    assert not some(world.step(SequenceEnd(sequence, EndReason.LENGTH)), e.RecordReplica)
+
+
 # -- the way of a request
+
+
+def test_a_claim_that_a_later_delivery_has_overtaken_is_dropped_without_acknowledgement(world: World) -> None:
+    world.deliver()
+    stale = Failure(code=Code.STALE_EPOCH, message="A later delivery was claimed.")
+    actions = world.send(e.ClaimAnswered("t1", stale))
+    assert not some(actions, e.Ack)
+    assert not some(actions, e.Nak)
+    assert not world.core.runs
 
 
 def test_a_delivery_is_claimed_at_its_gateway(world: World) -> None:

@@ -175,6 +175,7 @@ def limits(**changes: Any) -> Limits:
         "ack_wait_s": 9.0,
         "max_deliveries": 3,
         "drain_s": 30.0,
+        "kv_bytes_max": 50,
     }
     return Limits(**{**values, **changes})
 
