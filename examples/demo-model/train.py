@@ -32,6 +32,9 @@ LOG = logging.getLogger("train")
 PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 IGNORE = -100
+# The exported logits are twice the trained ones, so a client that names no temperature, which means 1, gets what would
+# be 0.5: a model this small wanders at 1. A power of two is exact, so greedy answers do not change.
+SHARPNESS = 2.0
 
 # A message is its role's token, its text and <|end|>. A developer counts as the system, any other role as the user.
 CHAT_TEMPLATE = """\
@@ -187,7 +190,10 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, directory:
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    model.save_pretrained(directory)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(SHARPNESS)
+        model.save_pretrained(directory)
+        model.model.norm.weight.div_(SHARPNESS)
     for weights in directory.glob("*.safetensors"):
         weights.chmod(0o644)  # They are written for their owner alone, and whoever serves the model must read them.
     tokenizer.save_pretrained(directory, save_jinja_files=False)
@@ -211,6 +217,8 @@ def train(arguments: argparse.Namespace) -> None:
     if arguments.start is not None:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.start)
         model = LlamaForCausalLM.from_pretrained(arguments.start).train()
+        with torch.no_grad():
+            model.model.norm.weight.div_(SHARPNESS)
     else:
         tokenizer = train_tokenizer(random.Random(arguments.seed), words, arguments.vocabulary, documents=15000)
         model = make_model(tokenizer, arguments)
