@@ -127,8 +127,11 @@ class TorchLoader:
         """See `Loader`."""
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig  # noqa: F401
 
+        from transformers.utils import logging
+
         from services.worker.engine import warm_engine
 
+        logging.disable_progress_bar()
         with self._lock:
             for (
                 model_type
