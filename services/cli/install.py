@@ -205,9 +205,7 @@ def _install(root: Path, set_name: str, python: Path, log: IO[str], lock: int, p
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar=off"]
     pinned = ["-c", str(root / "constraints.txt")]
     # First and alone: a resolver that may weigh torch against something else can fetch several of its gigabytes.
-    progress.step(
-        "installing torch (0.2 to 3 GB)" if fresh else "pins have changed: bringing .venv up to date"
-    )
+    progress.step("installing torch (0.2 to 3 GB)" if fresh else "pins have changed: bringing .venv up to date")
     run([*pip, *pinned, TORCH], log, lock, progress)
     progress.step("installing Hearth and what it needs" + (" to be tested" if set_name == "test" else ""))
     run([*pip, *pinned, "-e", f"{root}[{EXTRAS[set_name]}]"], log, lock, progress)
