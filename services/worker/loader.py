@@ -126,7 +126,6 @@ class TorchLoader:
     def warm_up(self) -> None:
         """See `Loader`."""
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig  # noqa: F401
-
         from transformers.utils import logging
 
         from services.worker.engine import warm_engine
