@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import secrets
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -11,6 +14,17 @@ import pytest_asyncio
 from shared.bus import Bus
 from shared.registry import Registry
 from tests.builders.servers import start_nats, start_redis
+
+# Whole files that need torch say so by this line; on a machine without torch they cannot even be imported.
+_TORCH_FILE = re.compile(r"^pytestmark = .*\bpytest\.mark\.torch\b", re.MULTILINE)
+_HAS_TORCH = importlib.util.find_spec("torch") is not None
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Without torch, leave out the files that are marked `torch` as a whole; every other file must do without it."""
+    if _HAS_TORCH or collection_path.suffix != ".py":
+        return None
+    return True if _TORCH_FILE.search(collection_path.read_text(encoding="utf-8")) else None
 
 
 @pytest.fixture(scope="session")
