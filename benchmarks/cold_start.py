@@ -3,9 +3,9 @@
     python -m benchmarks.cold_start [--scratch DIR] [--shape llama-1.1b] [--runs 5] [--no-peer]
 
 Every start is split by its own ledger: queue, decision, bytes, attach, prefill. In the same run `transformers serve`
-loads the same model on its first request (a fresh server process each time, its start not counted), with a cold and with
-a warm page cache, and answers a second, warm request. That part needs `pip install "transformers[serving]"`. Page caches
-are dropped before every start from SSD: by the kernel's switch as root, else file by file.
+loads the same model on its first request (a fresh server process each time, its start not counted), with a cold and
+with a warm page cache, and answers a second, warm request. That part needs `pip install "transformers[serving]"`. Page
+caches are dropped before every start from SSD: by the kernel's switch as root, else file by file.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from tokenizers import Tokenizer
 
 from benchmarks.harness import cluster
 from benchmarks.models import generate
@@ -32,6 +33,7 @@ from services.worker.ports import EngineEvent, SequenceEnd, StepToken
 from shared.contracts.requests import Sampling
 from tests.builders.cluster import MIB, Cluster
 
+DEMO = Path(__file__).parent.parent / "examples" / "demo-model" / "model"
 PROMPT = [5 + n % 200 for n in range(32)]
 
 
@@ -47,7 +49,7 @@ class Direct:
         torch.set_num_threads(1)
         model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval().requires_grad_(False)
         self._waiting: dict[str, tuple[int, threading.Event, list[float]]] = {}
-        self._engine = make_engine(
+        self._engine, _ = make_engine(
             model,
             engine="batching",
             kv_bytes=512 * MIB,
@@ -108,13 +110,18 @@ def session() -> aiohttp.ClientSession:
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=300))
 
 
-async def warm(running: Cluster, direct: Direct, runs: int) -> dict[str, Any]:
-    """Time to first token, HTTP and direct in turn."""
+async def warm(running: Cluster, direct: Direct, source: Path, runs: int) -> dict[str, Any]:
+    """Time to first token, HTTP and direct in turn. The model speaks: its first token is text and not held back."""
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     through, own = [], []
     async with session() as client:
         for number in range(runs + 5):
-            prompt = [7 + number % 200, *PROMPT[1:]]  # the first token differs, so that no prefix is shared
-            http_s, _ = await stream(client, running.url, "small", prompt, 2)
+            # It begins differently each time, so that no prefix is shared.
+            text = (
+                f"{number} and {number} more foxes went into the dark forest to look for the lantern. Once upon a time"
+            )
+            prompt = tokenizer.encode(text).ids
+            http_s, _ = await stream(client, running.url, "demo", prompt, 2)
             own_s, _, _ = await asyncio.to_thread(direct.run, [prompt], 2)
             if number >= 5:
                 through.append(http_s)
@@ -229,9 +236,9 @@ def main() -> None:
                     rows.append(["  of which demand → load commanded", ms(found["decision_s"]["median"]), ""])
         if "warm" in only:
             with cluster(home / "warm") as running:
-                running.deploy("small", small, keep_alive_s=300)
-                direct = Direct(small, 16)
-                figures["warm"] = found = asyncio.run(warm(running, direct, options.runs))
+                running.deploy("demo", DEMO, keep_alive_s=300)
+                direct = Direct(DEMO, 16)
+                figures["warm"] = found = asyncio.run(warm(running, direct, DEMO, options.runs))
                 direct.close()
                 rows.append(["warm TTFT through HTTP, median", ms(found["http_s"]["median"]), ""])
                 rows.append(["the engine's own TTFT, median", ms(found["engine_s"]["median"]), ""])
