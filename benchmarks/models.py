@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from tests.builders.models import make_tokenizer
@@ -26,17 +27,27 @@ SHAPES: dict[str, dict[str, int]] = {
 
 def generate(directory: Path, shape: str, dtype: str = "bfloat16") -> Path:
     """A model of this shape in `directory` (made once), without an EOS so that lengths are what was asked for."""
+    vocab = SHAPES[shape]["vocab_size"]
+    make_tokenizer(directory, vocab=vocab, context=SHAPES[shape]["max_position_embeddings"])
+    _give_every_token_a_text(directory / "tokenizer.json", vocab)
     if (directory / "model.safetensors").exists():
         return directory
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    vocab = SHAPES[shape]["vocab_size"]
     config = AutoConfig.for_model("llama", **SHAPES[shape], eos_token_id=None, bos_token_id=None, pad_token_id=1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     model.generation_config.eos_token_id = None
-    make_tokenizer(directory, vocab=vocab, context=SHAPES[shape]["max_position_embeddings"])
     model.save_pretrained(directory, max_shard_size="100GB")
     return directory
+
+
+def _give_every_token_a_text(path: Path, vocab: int) -> None:
+    """A random model says any token; without a text its first token would be seen only with a later one."""
+    tokenizer = json.loads(path.read_text())
+    entries = tokenizer["model"]["vocab"]
+    for token_id in range(len(entries), vocab):
+        entries[f"\u0120w{token_id}"] = token_id  # U+0120 is the byte-level alphabet's space
+    path.write_text(json.dumps(tokenizer, ensure_ascii=False))
