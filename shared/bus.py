@@ -230,7 +230,7 @@ class Bus:
                 with contextlib.suppress(HearthError):
                     await bus.flush()
                 bus.closing = True
-                writer.cancel()
+                writer.cancel()  # nats-py may swallow it while it waits for its flusher: the flag ends the writer then
                 await client.close()
 
     @property
@@ -453,10 +453,10 @@ class Bus:
             raise HearthError(Code.UNAVAILABLE, "NATS does not answer.") from error
 
     async def _write(self) -> None:
-        while True:
+        while not self.closing:
             await self._wake.wait()
             self._wake.clear()
-            while self._outbox:
+            while self._outbox and not self.closing:
                 subject, payload, reply = self._outbox[0]
                 try:
                     await self.client.publish(subject, payload, reply)

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from shared import log, metrics
 from shared.bus import Bus
@@ -26,6 +26,9 @@ from shared.settings import CommonSettings, SettingsError, load
 from shared.subjects import EVENTS, RECORD_CHANGED
 
 S = TypeVar("S", bound=CommonSettings)
+
+# A drain that has not ended so long after its own limit never will; whoever supervises starts afresh.
+STUCK_AFTER_S: Final = 20.0
 
 
 class _Finished(Exception):
@@ -235,13 +238,18 @@ def run(service: str, settings_type: type[S], serve: Serve[S]) -> int:
 
 async def _with_signals(service: str, id: str, settings: S, serve: Serve[S]) -> None:
     stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def stuck() -> None:
+        log.get(service).error("service.stuck", after_s=settings.drain_s + STUCK_AFTER_S)
+        os._exit(1)
 
     def stop() -> None:
         if stopping.is_set():
             os._exit(130)  # asked twice: at once
         stopping.set()
+        loop.call_later(settings.drain_s + STUCK_AFTER_S, stuck)
 
-    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     await run_service(service, id, settings, serve, stopping)
