@@ -84,7 +84,8 @@ class Shared:
 
     def _authenticate(self, request: web.Request) -> None:
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        presented = given.strip().encode() if scheme.lower() == "bearer" else b""
+        # aiohttp keeps bytes that are no UTF-8 as surrogates
+        presented = given.strip().encode(errors="surrogateescape") if scheme.lower() == "bearer" else b""
         if sum(hmac.compare_digest(presented, key) for key in self._keys) == 0:  # every key is compared
             raise HearthError(Code.UNAUTHENTICATED, "Present a valid API key as 'Authorization: Bearer KEY'.")
 

@@ -500,6 +500,11 @@ async def test_keys(nats_url: str, redis_url: str, prefix: str) -> None:
                 assert (await response.json())["error"]["code"] == "invalid_api_key"
         async with it.http.get(it.url + "/v1/admin/cluster") as response:
             assert response.status == 401
+        host, port = it.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer \xff\xfe\r\n\r\n")
+        assert (await reader.readline()).split()[1] == b"401", "a key that is no text is a wrong key"
+        writer.close()
         async with it.post("/v1/chat/completions", chat_body(), headers={"Authorization": "Bearer two"}) as response:
             assert response.status == 200
         for path in ("/healthz", "/readyz", "/metrics", "/"):
