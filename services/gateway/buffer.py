@@ -7,6 +7,7 @@ import collections
 from collections.abc import Callable
 
 from services.gateway.core import Conclude, Deliver, Fail, Inform
+from shared.errors import Code, Failure
 
 Piece = Deliver | Conclude | Fail | Inform
 _PIECE_BYTES = 128  # what a piece costs besides its text
@@ -15,8 +16,8 @@ _PIECE_BYTES = 128  # what a piece costs besides its text
 class CallBuffer:
     """One producer (the core's shell), one consumer (the handler), both on the loop's thread.
 
-    `put` never waits: a client that reads slowly must not hold up the others. Beyond `limit_bytes` it says no, once,
-    and `overflow` is called, which tears the connection down.
+    `put` never waits: a client that reads slowly must not hold up the others. Beyond `limit_bytes` it says no, and
+    `overflow` is called, once, which tears the connection down; without it the handler finds a failure at the end.
     """
 
     def __init__(self, call_id: str, *, choices: int, limit_bytes: int) -> None:
@@ -26,19 +27,24 @@ class CallBuffer:
         self._open_choices = choices
         self._limit_bytes = limit_bytes
         self._bytes = 0
+        self._overflown = False
         self._pieces: collections.deque[Piece] = collections.deque()
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, piece: Piece) -> bool:
         """Add a piece; False when the consumer is too far behind (and from then on)."""
-        if self._bytes > self._limit_bytes:
+        if self._overflown:
             return False
+        taken = True
         if isinstance(piece, Deliver):
             self._bytes += _PIECE_BYTES + len(piece.frame.text) + 64 * len(piece.frame.logprobs)
             if self._bytes > self._limit_bytes:
+                self._overflown = True
                 if self.overflow is not None:
                     self.overflow()
-                return False
+                    return False
+                message = f"The answer does not fit the gateway's buffer of {self._limit_bytes} bytes."
+                piece, taken, self.over = Fail(self.call_id, Failure(code=Code.TOO_LARGE, message=message)), False, True
         elif isinstance(piece, Conclude):
             self._open_choices -= 1
             self.over = self.over or self._open_choices == 0
@@ -47,7 +53,7 @@ class CallBuffer:
         self._pieces.append(piece)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
-        return True
+        return taken
 
     async def take(self, timeout_s: float | None = None) -> list[Piece]:
         """Everything there is, as soon as there is something; empty after `timeout_s` without."""
