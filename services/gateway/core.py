@@ -12,7 +12,8 @@ What gets lost is found out and repeated here:
 * a gap in the frames → the owner is told to give the request back (`Cancel(requeue=True)`) and the next claim resumes;
 * an end after a gap, or silence after a lost end → the queue message is gone already: the request is published again;
 * an owner that goes on with a request that has ended here is told again, every `remind_s`;
-* a request that was delivered more than `max_deliveries` times kills its workers: it fails with `worker_lost`.
+* a request that was delivered to and claimed by more than `max_deliveries` owners kills them: it fails with
+  `worker_lost`.
 """
 
 from __future__ import annotations
@@ -508,8 +509,10 @@ class GatewayCore:
         if claim.delivery < live.delivery and live.state is State.STREAMING:
             # `Gone` would acknowledge the queue's message, which is the later owner's safety net.
             return Failure(code=Code.STALE_EPOCH, message="A later delivery of this request was claimed already.")
-        if claim.delivery > self._config.max_deliveries:
-            message = f"The request was lost {claim.delivery - 1} times with its worker and is not tried again."
+        # A delivery that nobody claimed is no try, nor is a claim whose answer was lost: each counts in one of the two.
+        tries = min(claim.delivery, live.claims + 1)
+        if tries > self._config.max_deliveries:
+            message = f"The request was lost {tries - 1} times with its worker and is not tried again."
             live.state = State.QUEUED  # nobody has it, so nobody needs to be told
             self._fail_call(call, Failure(code=Code.WORKER_LOST, message=message), now, out)
             return GONE

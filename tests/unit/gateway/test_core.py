@@ -319,6 +319,17 @@ def test_a_request_that_kills_its_workers_is_not_tried_for_ever() -> None:
     assert bench.failed[0][1].code is Code.WORKER_LOST
 
 
+def test_a_delivery_that_nobody_claimed_is_no_try() -> None:
+    bench = Bench()
+    bench.admit()
+    assert isinstance(bench.claim(delivery=CONFIG.max_deliveries + 5), Claimed)
+    for delivery in range(2, CONFIG.max_deliveries + 1):
+        assert isinstance(bench.claim(delivery=CONFIG.max_deliveries + 4 + delivery), Claimed)
+    assert bench.claim(delivery=CONFIG.max_deliveries + 99) == c.GONE
+    assert bench.failed[0][1].code is Code.WORKER_LOST
+    assert f"{CONFIG.max_deliveries} times" in bench.failed[0][1].message
+
+
 def test_a_migration_is_a_claim_of_the_same_delivery_and_no_recovery() -> None:
     bench = Bench()
     bench.admit()
