@@ -72,11 +72,12 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TopLogprob(msgspec.Struct, frozen=True, kw_only=True):
-    """A token, its log probability (natural logarithm) and its UTF-8 bytes."""
+    """A token, its log probability (natural logarithm) and its UTF-8 bytes; None for a token that is a part of a
+    character, whose text is U+FFFD."""
 
     token: str
     logprob: float
-    bytes: list[int]
+    bytes: list[int] | None
 
 
 class ContentLogprob(TopLogprob, frozen=True, kw_only=True):
@@ -191,8 +192,12 @@ def _logprob(value: float) -> float:
     return value if value > _LOWEST_LOGPROB else _LOWEST_LOGPROB
 
 
+def _bytes(text: str) -> list[int] | None:
+    return None if "\ufffd" in text else list(text.encode())
+
+
 def _top(token: TokenLogprob) -> TopLogprob:
-    return TopLogprob(token=token.text, logprob=_logprob(token.logprob), bytes=list(token.text.encode()))
+    return TopLogprob(token=token.text, logprob=_logprob(token.logprob), bytes=_bytes(token.text))
 
 
 def chat_logprobs(positions: Sequence[Logprobs]) -> ChatLogprobs:
@@ -201,7 +206,7 @@ def chat_logprobs(positions: Sequence[Logprobs]) -> ChatLogprobs:
         ContentLogprob(
             token=position.chosen.text,
             logprob=_logprob(position.chosen.logprob),
-            bytes=list(position.chosen.text.encode()),
+            bytes=_bytes(position.chosen.text),
             top_logprobs=[_top(token) for token in position.top],
         )
         for position in positions

@@ -547,6 +547,15 @@ def test_chat_log_probabilities() -> None:
     assert position["top_logprobs"][1]["logprob"] == -9999.0, "JSON has no infinity"
 
 
+def test_a_token_that_is_no_text_by_itself_has_no_bytes() -> None:
+    part = TokenLogprob(token_id=7, text="\ufffd", logprob=-0.5)  # half a character: its bytes are not U+FFFD's
+    out = rendering(chat(stream=True, logprobs=True, top_logprobs=1))
+    event = loads(out.frame(0, frame(0, "", (Logprobs(chosen=part, top=(part,)),))))
+    (position,) = event["choices"][0]["logprobs"]["content"]
+    assert position["bytes"] is None
+    assert position["top_logprobs"][0]["bytes"] is None
+
+
 def test_completion_log_probabilities_have_running_offsets() -> None:
     out = rendering(text(stream=True, logprobs=2))
     loads(out.frame(0, frame(0, "é", (POSITION,))))
