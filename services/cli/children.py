@@ -37,8 +37,10 @@ class RotatingFile:
         self._out: IO[bytes] = path.open("ab", buffering=0)
 
     def write(self, line: bytes) -> None:
-        """Append a line. A full disk loses log lines, not the cluster."""
+        """Append a line. A full disk, or a directory that was taken away, loses log lines, not the cluster."""
         with contextlib.suppress(OSError):
+            if self._out.closed:  # it could not be opened when it was to start anew
+                self._out = self._path.open("ab", buffering=0)
             if self._out.tell() + len(line) > self._most:
                 self._turn()
             self._out.write(line)

@@ -151,3 +151,17 @@ def test_log_files_are_bounded(tmp_path: Path) -> None:
     assert set(sizes) == {"a.log", "a.log.1", "a.log.2"}
     assert max(sizes.values()) <= 100
     assert (tmp_path / "a.log").read_bytes().endswith(b"00000099\n")
+
+
+def test_a_log_file_that_cannot_start_anew_loses_lines_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    log = RotatingFile(folder / "x.log", most_bytes=100)
+    log.write(b"a" * 90 + b"\n")
+    folder.rename(tmp_path / "away")
+    for _ in range(3):
+        log.write(b"b" * 90 + b"\n")
+    (tmp_path / "away").rename(folder)
+    log.write(b"c\n")
+    log.close()
+    assert (folder / "x.log").read_bytes().endswith(b"c\n")
