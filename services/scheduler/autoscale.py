@@ -155,5 +155,8 @@ class Trouble:
 
 
 def final(failure: Failure) -> bool:
-    """Whether the same load on the same server would fail again."""
-    return not failure.kind.retryable or failure.code is Code.CHECKPOINT_CORRUPT
+    """Whether the same load on the same server would fail again.
+
+    A corrupt checkpoint is not final: its store has removed it and imports it afresh for the next load.
+    """
+    return not failure.kind.retryable

@@ -11,6 +11,7 @@ from shared.errors import Code, Failure
 from tests.unit.scheduler import picture
 
 CORRUPT = Failure(code=Code.CHECKPOINT_CORRUPT, message="The bytes do not match.")
+UNFIT = Failure(code=Code.UNSUPPORTED, message="This architecture cannot be served.")
 CRASHED = Failure(code=Code.WORKER_LOST, message="The worker died.")
 FULL = Failure(code=Code.NO_CAPACITY, message="No room.")
 
@@ -111,11 +112,17 @@ def test_the_wait_doubles_and_three_failures_in_a_row_are_hopeless() -> None:
 
 
 def test_a_final_failure_on_every_server_is_hopeless_at_once() -> None:
-    trouble = Trouble(CORRUPT)
-    fail(trouble, "a", CORRUPT, 10.0, ["a", "b"])
+    trouble = Trouble(UNFIT)
+    fail(trouble, "a", UNFIT, 10.0, ["a", "b"])
     assert not trouble.hopeless
-    fail(trouble, "b", CORRUPT, 10.0, ["a", "b"])
+    fail(trouble, "b", UNFIT, 10.0, ["a", "b"])
     assert trouble.hopeless
+
+
+def test_a_corrupt_checkpoint_is_tried_again_because_its_store_imports_it_afresh() -> None:
+    trouble = Trouble(CORRUPT)
+    fail(trouble, "a", CORRUPT, 10.0, ["a"])
+    assert (trouble.until, trouble.hopeless) == (11.0, False)
 
 
 def test_no_room_is_never_hopeless() -> None:

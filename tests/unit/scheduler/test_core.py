@@ -27,6 +27,7 @@ from tests.unit.scheduler.desk import Desk, small
 from tests.unit.scheduler.picture import MIB
 
 CRASHED = Failure(code=Code.INTERNAL, message="The engine failed.")
+UNFIT = Failure(code=Code.UNSUPPORTED, message="This architecture cannot be served.")
 CORRUPT = Failure(code=Code.CHECKPOINT_CORRUPT, message="The bytes do not match.")
 BUSY = Failure(code=Code.BUSY, message="It runs a request.")
 AWAY = Failure(code=Code.UNAVAILABLE, message="Nobody answers.")
@@ -274,15 +275,26 @@ def test_failures_back_off_and_end_in_an_error_and_later_service() -> None:
     assert "m" not in desk.core._troubles
 
 
-def test_a_corrupt_checkpoint_ends_the_waiting_as_soon_as_every_server_has_said_so() -> None:
+def test_a_model_that_cannot_be_served_ends_the_waiting_as_soon_as_every_server_has_said_so() -> None:
+    desk = small()
+    desk.queue("m", 1)
+    desk.hint("m")
+    load = desk.only(CommandLoad)
+    desk.tell(ReplicaBroke(load.message.replica_id, "m", "a0", UNFIT))
+    failure = desk.deployments["m"].failure
+    assert failure is not None
+    assert failure.code is Code.UNSUPPORTED
+
+
+def test_requests_wait_while_a_corrupt_checkpoint_is_imported_afresh() -> None:
     desk = small()
     desk.queue("m", 1)
     desk.hint("m")
     load = desk.only(CommandLoad)
     desk.tell(ReplicaBroke(load.message.replica_id, "m", "a0", CORRUPT))
-    failure = desk.deployments["m"].failure
-    assert failure is not None
-    assert failure.code is Code.CHECKPOINT_CORRUPT
+    assert desk.deployments["m"].failure is None
+    desk.wait(1.1)
+    desk.loaded()
 
 
 def test_a_worker_that_is_full_or_away_never_makes_a_deployment_fail() -> None:
@@ -321,7 +333,7 @@ def test_a_replica_that_leaves_unasked_is_not_replaced_before_its_worker_has_sai
     desk.shows(load.message, load.worker_id, ReplicaState.DRAINING)
     desk.gone(load.message.replica_id)
     assert desk.take(CommandLoad) == []
-    desk.tell(ReplicaBroke(load.message.replica_id, "m", load.worker_id, CORRUPT))
+    desk.tell(ReplicaBroke(load.message.replica_id, "m", load.worker_id, UNFIT))
     assert desk.take(CommandLoad) == []
     assert desk.deployments["m"].failure is not None
 
