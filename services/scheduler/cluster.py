@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from shared.capacity import context_tokens, kv_cache_bytes
@@ -322,12 +322,14 @@ class Cluster:
             sums.add(self._occupant(self.replicas[id]))
         for id in sorted(self.loads):
             load = self.loads[id]
-            sums.add(Occupant(id, load.worker_id, load.server_id, load.memory_bytes, load.key, load.weight_bytes))
+            weight = self.pool_bytes(load.server_id, load.key, load.weight_bytes)
+            sums.add(Occupant(id, load.worker_id, load.server_id, load.memory_bytes, load.key, weight))
         for name in sorted(self.rooms):
             if name != but_for:
                 room = self.rooms[name]
                 victims = [self._occupant(self.replicas[id]) for id in room.victims if id in self.replicas]
-                sums.promise(room, victims)
+                weight = self.pool_bytes(room.server_id, room.key, room.weight_bytes)
+                sums.promise(replace(room, weight_bytes=weight), victims)
         return sums
 
     def occupant(self, replica_id: str) -> Occupant:
@@ -347,7 +349,8 @@ class Cluster:
         if device != "cpu" and replica.state is not ReplicaState.LOADING:
             weight = 0
         key = replica.checkpoint_id or (need.key if need is not None else f"replica:{replica.replica_id}")
-        return Occupant(replica.replica_id, replica.worker_id, replica.server_id, memory, key, weight)
+        held = self.pool_bytes(replica.server_id, key, weight)
+        return Occupant(replica.replica_id, replica.worker_id, replica.server_id, memory, key, held)
 
     def _weight_bytes(self, replica: ReplicaRecord, need: Need | None) -> int:
         if need is not None and replica.checkpoint_id in ("", need.key):
@@ -356,6 +359,18 @@ class Cluster:
         if server is not None and replica.checkpoint_id in server.dram:
             return server.dram[replica.checkpoint_id]
         return need.weight_bytes if need is not None else 0
+
+    def pool_bytes(self, server_id: str, key: str, weight_bytes: int) -> int:
+        """Bytes that a checkpoint takes of a server's DRAM pool: its image, where that is known, in whole chunks.
+
+        A sum of bare weights would see room where the store has none, and ask it again and again.
+        """
+        server = self.servers.get(server_id)
+        if server is None or weight_bytes <= 0:
+            return weight_bytes
+        image_bytes = max(weight_bytes, server.ssd.get(key, 0), server.dram.get(key, 0))
+        chunk_bytes = max(1, server.chunk_bytes)
+        return -(-image_bytes // chunk_bytes) * chunk_bytes
 
     def leased_bytes(self, server: ServerRecord, now: float) -> int:
         """What the store says is leased, less what was given back so recently that it may not have said so yet."""

@@ -200,8 +200,9 @@ def _refusal(
     memory = need.memory_bytes(worker.device)
     if memory > worker.memory_total_bytes:
         return f"needs {size(memory)}, the worker has {size(worker.memory_total_bytes)}", True
-    if need.weight_bytes > server.dram_capacity_bytes:
-        return f"needs {size(need.weight_bytes)} of DRAM, the pool has {size(server.dram_capacity_bytes)}", True
+    weight = cluster.pool_bytes(worker.server_id, need.key, need.weight_bytes)
+    if weight > server.dram_capacity_bytes:
+        return f"needs {size(weight)} of DRAM, the pool has {size(server.dram_capacity_bytes)}", True
     if id in present:
         return "has a replica of it already", False
     if worker.server_id in avoid:
@@ -214,8 +215,8 @@ def _refusal(
     if not sums.holds(worker.server_id, need.key):
         leased = max(0, cluster.leased_bytes(server, now) - freed_bytes)
         pool = server.dram_capacity_bytes - max(leased, sums.pool_bytes(worker.server_id))
-        if need.weight_bytes > pool:
-            return f"the DRAM pool is {size(need.weight_bytes - pool)} short", False
+        if weight > pool:
+            return f"the DRAM pool is {size(weight - pool)} short", False
     return "", False
 
 

@@ -366,6 +366,7 @@ class Residency:
             loads=len(self._imports) + len(self._loads),
             ssd_bytes_per_s=self.ssd_bytes_per_s,
             remote_bytes_per_s=self.remote_bytes_per_s,
+            chunk_bytes=self._allocator.chunk_bytes,
         )
 
     # -- acquire, renew, release ---------------------------------------------------------------------------------

@@ -77,7 +77,8 @@ class DeploymentRecord(msgspec.Struct, frozen=True, kw_only=True, tag="deploymen
 class ServerRecord(msgspec.Struct, frozen=True, kw_only=True, tag="server_record", omit_defaults=True):
     """A server as its store sees it. Residency maps checkpoint id → bytes present and verified in that tier.
 
-    `leased_bytes` are the DRAM bytes that cannot be evicted now. `loads` are the loads queued or running.
+    The DRAM pool is given out in whole chunks of `chunk_bytes` (0: unknown); `dram_used_bytes` and `leased_bytes`, the
+    bytes that cannot be evicted now, count such chunks. `loads` are the loads queued or running.
     `ssd_bytes_per_s` and `remote_bytes_per_s` are measured from real transfers, None before the first one.
     """
 
@@ -96,6 +97,7 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True, tag="server_record
     ssd_bytes_per_s: float | None = None
     remote_bytes_per_s: float | None = None
     epoch: int = 0
+    chunk_bytes: int = 0
 
 
 class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True, tag="worker_record", omit_defaults=True):

@@ -184,6 +184,7 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
         ssd_bytes_per_s=1e9,
         remote_bytes_per_s=1e8,
         epoch=1,
+        chunk_bytes=5,
     ),
     records.WorkerRecord(
         worker_id="w1",

@@ -62,6 +62,7 @@ def server(
     ssd_free: float = 10_000,
     loads: int = 0,
     phase: Phase = Phase.READY,
+    chunk: float = 0,
 ) -> ServerRecord:
     """A server; `dram` and `ssd` map checkpoint ids to MiB."""
     return ServerRecord(
@@ -77,6 +78,7 @@ def server(
         dram={key: int(value * MIB) for key, value in (dram or {}).items()},
         ssd={key: int(value * MIB) for key, value in (ssd or {}).items()},
         loads=loads,
+        chunk_bytes=int(chunk * MIB),
     )
 
 

@@ -64,6 +64,7 @@ def decide(text: str) -> str:
                     ssd=tier(given.get("ssd", ""), cluster),
                     loads=int(given.get("loads", 0)),
                     phase=Phase(given.get("phase", "ready")),
+                    chunk=float(given.get("chunk", 0)),
                 )
                 cluster.put(record, NOW)
             case "worker":
