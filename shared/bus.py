@@ -375,7 +375,8 @@ class Bus:
     async def enqueue(self, slug: str, request: Request) -> int:
         """Put a request into the queue of a deployment; its stream sequence.
 
-        Raises `HearthError`: queue_full at the stream's limit per deployment, unavailable without JetStream.
+        Raises `HearthError`: queue_full at the stream's limit per deployment, too_large beyond the server's largest
+        message, unavailable without JetStream.
         """
         with self._queue_errors():
             ack = await self._js.publish(self._subject(REQUESTS.subject(slug=slug)), codec.encode(request))
@@ -489,5 +490,8 @@ class Bus:
             if error.err_code == SUBJECT_FULL:
                 raise HearthError(Code.QUEUE_FULL) from error
             raise HearthError(Code.UNAVAILABLE, f"The request queue refused: {error.description}.") from error
+        except nats.errors.MaxPayloadError as error:
+            message = f"The request is larger than the {self.client.max_payload} bytes that NATS takes in one message."
+            raise HearthError(Code.TOO_LARGE, message) from error
         except (nats.errors.Error, nats.js.errors.Error, TimeoutError) as error:
             raise HearthError(Code.UNAVAILABLE, "The request queue does not answer.") from error

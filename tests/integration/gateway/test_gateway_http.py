@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import io
 import json
 from typing import Any
 
@@ -388,6 +389,19 @@ async def test_the_streams_own_limit_is_a_429_too(nats_url: str, redis_url: str,
         await until(lambda: _count(it, 2))
         await it.worker()
         assert (await waiting)[0] == 200
+
+
+async def test_a_prompt_that_nats_does_not_carry_is_a_413(nats_url: str, redis_url: str, prefix: str) -> None:
+    async with cluster(nats_url, redis_url, prefix) as it:
+        await it.deploy()
+        sent = json.dumps(chat_body(messages=[{"role": "user", "content": "x" * (1 << 20)}])).encode()
+        headers = {"Content-Type": "application/json"}
+        async with it.http.post(it.url + "/v1/chat/completions", data=io.BytesIO(sent), headers=headers) as response:
+            error = (await response.json())["error"]
+            assert (response.status, error["code"]) == (413, "too_large")
+            assert str(1 << 20) in error["message"], "the limit is named"
+            assert response.headers["x-should-retry"] == "false"
+        assert await it.outstanding() == 0
 
 
 async def test_a_spent_budget_is_a_504(nats_url: str, redis_url: str, prefix: str) -> None:
