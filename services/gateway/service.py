@@ -350,6 +350,7 @@ class Gateway:
             "tier": ledger.tier,
             "claims": account.claims,
         }
-        if account.failure is not None:
+        # What is wrong with a request may be said in its own words, and those are never logged.
+        if account.failure is not None and account.failure.code is not Code.INVALID_REQUEST:
             facts["error"] = account.failure.message
         self._log.info("request.ended", **facts)

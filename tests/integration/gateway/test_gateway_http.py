@@ -391,6 +391,22 @@ async def test_the_streams_own_limit_is_a_429_too(nats_url: str, redis_url: str,
         assert (await waiting)[0] == 200
 
 
+async def test_what_a_template_says_about_messages_is_for_the_client_and_not_for_the_log(
+    nats_url: str, redis_url: str, prefix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def refuses(worker: FakeWorker, work: Work) -> None:
+        worker.end(work, 0, failure=Failure(code=Code.INVALID_REQUEST, message="It refuses 'my secret'."))
+
+    async with cluster(nats_url, redis_url, prefix) as it:
+        await it.deploy()
+        await it.worker(refuses)
+        status, body, _ = await it.chat()
+        assert (status, body["error"]["message"]) == (400, "It refuses 'my secret'.")
+    logged = capsys.readouterr().out
+    assert "request.ended" in logged
+    assert "secret" not in logged
+
+
 async def test_a_prompt_that_nats_does_not_carry_is_a_413(nats_url: str, redis_url: str, prefix: str) -> None:
     async with cluster(nats_url, redis_url, prefix) as it:
         await it.deploy()
