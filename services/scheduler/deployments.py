@@ -36,14 +36,14 @@ from services.scheduler.policy import too_large
 from shared.backoff import delay_s
 from shared.contracts.placement import Deployed, Deploying
 from shared.contracts.records import ClusterView, DeploymentRecord, DeploymentSpec, DeploymentState
-from shared.contracts.residency import Done, Progress
+from shared.contracts.residency import Checkpoint, Done, Progress
 from shared.errors import Code, Failure, HearthError
 from shared.slug import check_name, slug
 
 # The store could not be asked; another try may reach it, or another store.
 UNREACHABLE: Final = frozenset({Code.UNAVAILABLE, Code.DRAINING, Code.DEADLINE_EXCEEDED})
 TRIES: Final = 5
-OUTCOME_S: Final = 60.0  # an operator who was between two polls hears of a failure for this long
+OUTCOME_S: Final = 60.0  # an operator who was between two polls hears of the outcome for this long
 DTYPES: Final = (None, "float32", "bfloat16", "float16")
 MOST_REPLICAS: Final = 10_000
 MOST_WAIT_S: Final = 60.0
@@ -92,10 +92,22 @@ def validate(spec: DeploymentSpec) -> Failure | None:
     return None
 
 
-def revision_of(spec: DeploymentSpec) -> str:
+def revision_of(spec: DeploymentSpec, *more: str) -> str:
     """A short hash of what replicas depend on: changing anything else leaves them as they are."""
     parts = (spec.source.url, spec.source.revision, spec.source.dtype, spec.max_context_tokens, spec.target_concurrency)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+    return hashlib.sha256(repr((*parts, *more)).encode()).hexdigest()[:12]
+
+
+def next_revision(old: DeploymentRecord | None, spec: DeploymentSpec, facts: Checkpoint | None) -> str:
+    """The revision of a deployment that becomes this: a new one when its source holds another checkpoint than before.
+
+    The first checkpoint of a source leaves the revision alone: replicas that loaded it before it was known go on.
+    """
+    if old is None or old.checkpoint is None or facts is None:
+        return revision_of(spec)
+    if facts.checkpoint_id != old.checkpoint.checkpoint_id:
+        return revision_of(spec, facts.checkpoint_id)
+    return old.revision if revision_of(old.spec) == revision_of(spec) else revision_of(spec)
 
 
 class Deployments:
@@ -113,7 +125,7 @@ class Deployments:
         self._retry_at: dict[str, float] = {}
         self._waiting: dict[str, list[Answerable]] = {}
         self._when_gone: dict[str, list[Answer]] = {}
-        self._outcomes: dict[str, tuple[DeploymentSpec, Failure, float]] = {}
+        self._outcomes: dict[str, tuple[DeploymentSpec, Failure | None, float]] = {}  # None: it went well
         self._gone_at: dict[str, float] = {}
 
     # -- what operators ask --------------------------------------------------------------------------------------
@@ -127,7 +139,7 @@ class Deployments:
             return
         until = now + min(max(event.wait_s, 0.0), MOST_WAIT_S)
         operation = self._operations.get(name)
-        if operation is not None and operation.quiet and operation.spec != spec:
+        if operation is not None and operation.quiet:  # nobody waits for it, and nobody shall
             del self._operations[name]
             operation = None
         record = self._records.get(name)
@@ -140,18 +152,28 @@ class Deployments:
                 )
             return
         outcome = self._outcomes.pop(name, None)
-        if outcome is not None and outcome[0] == spec and outcome[2] > now:
+        heard = outcome is not None and outcome[0] == spec and outcome[2] > now
+        if outcome is not None and heard and outcome[1] is not None:
             out.append(Answer(event.reply, outcome[1]))
             return
         if name in self._removing or (record is not None and record.state is DeploymentState.DELETING):
             out.append(Answer(event.reply, _conflict(f"{name} is being deleted.")))
             return
+        waiter = (event.reply, until)
         if record is not None and record.spec.source == spec.source and (record.checkpoint is not None or spec.lazy):
+            facts, same = record.checkpoint, record.spec == spec
             # Asking again for what failed is a wish to try again.
-            self._put(record, spec=spec, revision=revision_of(spec), failure=None)
-            self._answer_when_written(name, event.reply, out)
+            self._put(record, spec=spec, revision=next_revision(record, spec, facts), failure=None)
+            if facts is None or heard or not same:
+                self._answer_when_written(name, event.reply, out)
+                return
+            # Asking again for the very same is a wish to look at the source again: it may hold other weights by now.
+            self._begin(
+                spec, record.created_at_s, now, out, waiter=waiter, weight_bytes=record.weight_bytes, inspected=True,
+                server_id=self._choose_store(holding=facts.checkpoint_id),
+            )  # fmt: skip
             return
-        self._begin(spec, event.at_s, now, out, waiter=(event.reply, until))
+        self._begin(spec, event.at_s, now, out, waiter=waiter)
 
     def delete(self, event: DeleteAsked, now: float, out: list[Action]) -> None:
         """Begin to remove, or wait for the removal under way."""
@@ -195,7 +217,7 @@ class Deployments:
                 return
         known = self._records.get(spec.name)
         if spec.lazy:
-            self._finish(spec.name, operation, None, out)
+            self._finish(spec.name, operation, None, now, out)
             return
         if known is None:
             self._records[spec.name] = _record(spec, operation, DeploymentState.IMPORTING)
@@ -222,7 +244,7 @@ class Deployments:
         if fault is not None and not operation.quiet:
             self._fail(event.deployment, operation, fault, now, out)
             return
-        self._finish(event.deployment, operation, ready, out)
+        self._finish(event.deployment, operation, ready, now, out)
 
     def failed(self, event: OperationFailed, now: float, out: list[Action]) -> None:
         """A store refused or could not be asked."""
@@ -411,10 +433,13 @@ class Deployments:
         self._operations[spec.name] = operation
         self._ask(operation, now, out)
 
-    def _choose_store(self, avoid: str = "") -> str:
+    def _choose_store(self, avoid: str = "", holding: str = "") -> str:
+        """The store with the most free SSD, those that hold this checkpoint first; "" if none is ready."""
         servers = self._cluster.ready_servers()
         others = [one for one in servers if one.server_id != avoid] or servers
-        best = max(others, key=lambda one: one.ssd_capacity_bytes - one.ssd_used_bytes, default=None)
+        best = max(
+            others, key=lambda one: (holding in one.ssd, one.ssd_capacity_bytes - one.ssd_used_bytes), default=None
+        )
         return "" if best is None else best.server_id
 
     def _ask(self, operation: Operation, now: float, out: list[Action]) -> None:
@@ -445,15 +470,20 @@ class Deployments:
         operation = self._operations.get(name)
         return operation if operation is not None and operation.number == number else None
 
-    def _finish(self, name: str, operation: Operation, ready: DeploymentRecord | None, out: list[Action]) -> None:
+    def _finish(
+        self, name: str, operation: Operation, ready: DeploymentRecord | None, now: float, out: list[Action]
+    ) -> None:
         """The operation ended well. `ready` is the new record, None for a lazy one whose checkpoint is unknown."""
         self._operations.pop(name, None)
         new = ready or _record(operation.spec, operation, DeploymentState.READY)
         old = self._records.get(name)
         if old is not None:
-            new = msgspec.structs.replace(new, created_at_s=old.created_at_s, epoch=old.epoch + 1)
-        self._records[name] = new
-        if not operation.quiet:
+            revision = next_revision(old, new.spec, new.checkpoint)
+            new = msgspec.structs.replace(new, revision=revision, created_at_s=old.created_at_s, epoch=old.epoch)
+        changed = new != old
+        if changed:
+            self._records[name] = new if old is None else msgspec.structs.replace(new, epoch=old.epoch + 1)
+        if changed and not operation.quiet:
             facts = new.checkpoint
             out.append(
                 Note(
@@ -468,7 +498,9 @@ class Deployments:
                 )
             )
         for reply, _ in operation.waiters:
-            self._waiting.setdefault(name, []).append(reply)
+            self._answer_when_written(name, reply, out)
+        if not operation.waiters and not operation.quiet:
+            self._outcomes[name] = (operation.spec, None, now + OUTCOME_S)
 
     def _fail(self, name: str, operation: Operation, failure: Failure, now: float, out: list[Action]) -> None:
         """The operation failed: a first deployment leaves nothing behind, a changed one stays as it was."""

@@ -96,15 +96,76 @@ def test_a_long_poll_is_answered_with_the_progress(desk: Desk) -> None:
     assert isinstance(second[0], Deployed)
 
 
-def test_the_same_again_is_answered_at_once(desk: Desk) -> None:
-    desk.deploy(picture.spec("m"))
-    inspected(desk)
-    desk.imported(picture.checkpoint())
-    desk.out.clear()
+def test_the_same_again_looks_at_the_source_again_and_changes_nothing(desk: Desk) -> None:
+    ready(desk)
+    before = desk.deployments["m"]
+    desk.servers["a"] = picture.server("a", ssd_free=1000, ssd={"ck-m": 100})
+    desk.wait(1.1)
     again = desk.deploy(picture.spec("m"))
+    assert desk.imported(picture.checkpoint()).server_id == "a"  # which has the checkpoint, not the most room
     assert [type(one) for one in desk.out] == [Answer]
     desk.answers()
-    assert again == [Deployed(record=desk.deployments["m"])]
+    assert again == [Deployed(record=before)]
+    assert desk.deployments["m"] == before
+
+
+def test_the_same_again_finds_other_weights_and_replaces_the_replicas(desk: Desk) -> None:
+    ready(desk)
+    desk.queue("m", 1)
+    desk.hint("m")
+    load = desk.loaded(running=1)
+    answers = desk.deploy(picture.spec("m"))
+    desk.imported(picture.checkpoint("ck-new"))
+    desk.answers()
+    record = desk.deployments["m"]
+    assert answers == [Deployed(record=record)]
+    assert record.checkpoint == picture.checkpoint("ck-new")
+    stop = desk.only(CommandStop)
+    assert (stop.message.replica_id, stop.message.drain) == (load.message.replica_id, True)
+    again = desk.only(CommandLoad)
+    assert (again.message.checkpoint_id, again.message.revision) == ("ck-new", record.revision)
+    assert record.revision != load.message.revision
+    # Other limits, and the same once more, leave it so.
+    desk.deploy(picture.spec("m", keep_alive_s=5.0))
+    desk.deploy(picture.spec("m", keep_alive_s=5.0))
+    desk.imported(picture.checkpoint("ck-new"))
+    assert desk.deployments["m"].revision == record.revision
+
+
+def test_the_same_again_whose_source_is_gone_says_so_and_stays_as_it_was(desk: Desk) -> None:
+    ready(desk)
+    before = desk.deployments["m"]
+    answers = desk.deploy(picture.spec("m"))
+    desk.tell(OperationFailed("m", desk.only(PollImport).operation, INVALID))
+    desk.answers()
+    assert answers == [INVALID]
+    assert desk.deployments["m"] == before
+
+
+def test_a_success_between_two_polls_is_heard_by_the_next(desk: Desk) -> None:
+    desk.deploy(picture.spec("m"), wait_s=0.5)
+    inspected(desk)
+    desk.wait(1.0)
+    desk.imported(picture.checkpoint())
+    desk.out.clear()
+    second = desk.deploy(picture.spec("m"))
+    desk.answers()
+    assert isinstance(second[0], Deployed)
+    assert desk.take(PollImport) == []
+
+
+def test_nobody_waits_for_an_import_that_only_learns_facts(desk: Desk) -> None:
+    desk.deploy(picture.spec("m", lazy=True))
+    inspected(desk)
+    desk.answers()
+    desk.hint("m")
+    load = desk.only(CommandLoad)
+    desk.shows(load.message, load.worker_id, ReplicaState.READY, checkpoint_id="ck-m")
+    poll = desk.only(PollImport)
+    answers = desk.deploy(picture.spec("m", lazy=True))
+    desk.tell(OperationFailed("m", poll.operation, INVALID))
+    desk.answers()
+    assert answers == [Deployed(record=desk.deployments["m"])]
 
 
 def test_a_refused_source_leaves_nothing(desk: Desk) -> None:
