@@ -184,7 +184,8 @@ class Bus:
     async def connect(cls, url: str, *, name: str, prefix: str = "", wait_s: float = 30.0) -> AsyncIterator[Bus]:
         """A connected bus; reconnects for ever once it was connected.
 
-        Raises `HearthError` (unavailable) if there is no server within `wait_s`.
+        Raises `HearthError` (unavailable) if there is no server within `wait_s`, and, in an `ExceptionGroup`, if the
+        connection is closed for good (the server refused something): a service that nobody can reach must not linger.
         """
         client = Client()
         holder: list[Bus] = []
@@ -196,6 +197,10 @@ class Bus:
         async def on_disconnect() -> None:
             if not (holder and holder[0].closing):
                 logger.warning("bus.disconnected")
+
+        async def on_closed() -> None:
+            for bus in holder:
+                bus._wake.set()  # the writer sees it
 
         async def on_reconnect() -> None:
             logger.info("bus.reconnected")
@@ -210,6 +215,7 @@ class Bus:
                     error_cb=on_error,
                     disconnected_cb=on_disconnect,
                     reconnected_cb=on_reconnect,
+                    closed_cb=on_closed,
                     reconnect_time_wait=0.2,  # type: ignore[arg-type] # seconds; fractions work
                     max_reconnect_attempts=-1,
                     connect_timeout=2,
@@ -268,8 +274,10 @@ class Bus:
         except nats.errors.NoRespondersError as error:
             raise HearthError(Code.UNAVAILABLE, f"Nobody serves {subject}.") from error
         except (nats.errors.Error, TimeoutError, asyncio.CancelledError) as error:
-            if isinstance(error, asyncio.CancelledError) and not self.client.is_closed:
-                raise
+            task = asyncio.current_task()
+            wanted = not self.client.is_closed or (task is not None and task.cancelling() > 0)
+            if isinstance(error, asyncio.CancelledError) and wanted:
+                raise  # we are cancelled, not the client's own waiting by its end
             raise HearthError(Code.UNAVAILABLE, f"{subject} did not answer in time.") from error
         try:
             answer: Any = codec.decode(msg.data, Union[(*endpoint.replies, Failure)])
@@ -455,6 +463,9 @@ class Bus:
 
     async def _write(self) -> None:
         while not self.closing:
+            if self.client.is_closed:
+                self._idle.set()  # nothing will be sent any more: who flushes must not wait for it
+                raise HearthError(Code.UNAVAILABLE, "The connection to NATS was closed for good.")
             await self._wake.wait()
             self._wake.clear()
             while self._outbox and not self.closing:
@@ -467,8 +478,8 @@ class Bus:
                 except nats.errors.MaxPayloadError:
                     self._log.error("message.dropped", subject=subject, payload_bytes=len(payload))
                 except nats.errors.ConnectionClosedError:
-                    self._idle.set()
-                    return
+                    self._wake.set()  # for good: see above
+                    break
                 self._outbox.popleft()
             self._idle.set()
 

@@ -235,3 +235,17 @@ async def test_a_puller_finds_a_queue_that_is_made_later(bus: Bus) -> None:
     await bus.enqueue("m", a_request())
     assert (await asyncio.wait_for(came.get(), 15)).request.request_id == "r0"
     await puller.close()
+
+
+async def test_a_connection_that_is_closed_for_good_ends_its_service(nats_url: str, prefix: str) -> None:
+    async def serve() -> None:
+        async with asyncio.timeout(20), Bus.connect(nats_url, name="test", prefix=prefix) as bus:
+            # What the client does after an error of the server that it does not know how to go on from.
+            await bus.client._process_err("'Unknown Protocol Operation'")
+            await asyncio.Event().wait()
+
+    with pytest.raises(ExceptionGroup) as ended:
+        await serve()
+    (error,) = ended.value.exceptions
+    assert isinstance(error, HearthError)
+    assert error.failure.code is Code.UNAVAILABLE
