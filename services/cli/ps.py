@@ -34,7 +34,7 @@ def _table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
 
 
 def residency(view: ClusterView, deployment: DeploymentRecord) -> str:
-    """Where a deployment's checkpoint is, fastest tier first: `DRAM server-1 (12MiB) · SSD server-1 (12MiB)`."""
+    """Where a deployment's checkpoint is, fastest tier first: `DRAM server-1 · SSD server-1`."""
     if deployment.checkpoint is None:
         return "nowhere yet"
     checkpoint_id = deployment.checkpoint.checkpoint_id
@@ -62,13 +62,17 @@ def _deployments(view: ClusterView) -> RenderableType:
         depth = view.queue_depths.get(record.spec.name, 0)
         table.add_row(
             record.spec.name,
-            record.state.value,
+            record.state.value if record.failure is None else "failing",
             model,
             f"{ready} of {record.spec.min_replicas}–{record.spec.max_replicas}",
             str(depth),
             residency(view, record),
         )
-    return Group(table, "")
+    failing = [record for record in view.deployments if record.failure is not None]
+    reasons = [
+        Text(f"{record.spec.name}: {record.failure.message}", style="red") for record in failing if record.failure
+    ]
+    return Group(table, *reasons, "")
 
 
 def _replicas(view: ClusterView) -> RenderableType:

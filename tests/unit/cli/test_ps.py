@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import msgspec
 from rich.console import Console
 
 from services.cli.ps import residency, tables
@@ -19,6 +20,7 @@ from shared.contracts.records import (
     WorkerRecord,
 )
 from shared.contracts.residency import Checkpoint, Progress, Source
+from shared.errors import Code, Failure
 
 CHECKPOINT = Checkpoint(
     checkpoint_id="c1", architecture="LlamaForCausalLM", weight_bytes=12 * 2**20, parameters=4_200_000, dtype="float32",
@@ -83,3 +85,10 @@ def test_residency_names_the_fastest_tier_first() -> None:
     view = ClusterView(servers=(server(2, ssd={"c1": 1}), server(1, dram={"c1": 1}, ssd={"c1": 1})))
     assert residency(view, deployment("demo")) == "DRAM server-1 · SSD server-1 · SSD server-2"
     assert residency(ClusterView(), deployment("demo")) == "nowhere"
+
+
+def test_a_deployment_that_cannot_be_loaded_says_why() -> None:
+    failure = Failure(code=Code.OUT_OF_MEMORY, message="There is no room for its KV cache.")
+    text = shown(ClusterView(deployments=(msgspec.structs.replace(deployment("m"), failure=failure),)))
+    assert "failing" in text
+    assert "m: There is no room for its KV cache." in text
