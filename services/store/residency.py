@@ -833,6 +833,8 @@ class Residency:
         if id in self._dram:
             self._evict_from_dram(id, reason, actions)
         on = self._ssd.pop(id)
+        self._by_source = {source: known for source, known in self._by_source.items() if known != id}
+        self._imported = {source: known for source, known in self._imported.items() if known != id}
         self._removing[id] = on.stored.stored_bytes
         for job in self._imports.values():
             job.removed_meanwhile[id] = None

@@ -52,7 +52,8 @@ class SsdTier:
     def scan(self) -> tuple[list[StoredCheckpoint], list[tuple[str, str]]]:
         """The checkpoints that are here, least recently used first; and (name, reason) of what is not one.
 
-        What is no valid checkpoint is removed, except one of a newer format, which a newer Hearth can read.
+        What is no valid checkpoint is removed. One of a newer format, which a newer Hearth can read, and one that cannot
+        be read just now are left alone.
         """
         found: list[tuple[float, StoredCheckpoint]] = []
         refused: list[tuple[str, str]] = []
@@ -63,7 +64,7 @@ class SsdTier:
                     raise HearthError(Code.CHECKPOINT_CORRUPT, "The directory's name is not the checkpoint's id.")
             except HearthError as error:
                 refused.append((directory.name, error.failure.message))
-                if error.failure.code is not Code.UNSUPPORTED:
+                if error.failure.code not in (Code.UNSUPPORTED, Code.CHECKPOINT_UNAVAILABLE):
                     self.remove(directory)
                 continue
             found.append(((directory / MANIFEST_NAME).stat().st_mtime, stored))
@@ -75,8 +76,10 @@ class SsdTier:
         try:
             data = (directory / MANIFEST_NAME).read_bytes()
             sizes = {entry.name: entry.stat().st_size for entry in os.scandir(directory) if entry.is_file()}
-        except OSError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise HearthError(Code.CHECKPOINT_CORRUPT, f"The manifest cannot be read: {error.strerror}.") from error
+        except OSError as error:  # the disk or our rights, not the checkpoint
+            raise HearthError(Code.CHECKPOINT_UNAVAILABLE, f"The manifest cannot be read: {error.strerror}.") from error
         manifest = decode_stored(data)
         validate(manifest, sizes)
         return manifest

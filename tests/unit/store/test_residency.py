@@ -616,3 +616,10 @@ def _carry_out(desk: Desk, action: Action, sizes: dict[str, int], choose: random
                 desk.post(ReadDone(one.id, 0.1))
         case RemoveCheckpoint(id, _):
             desk.post(CheckpointRemoved(id))
+
+
+def test_what_is_removed_leaves_no_memory_of_its_sources() -> None:
+    desk = Desk(*(stored(f"m{number}") for number in range(5)))
+    for number in range(5):
+        desk.post(EvictAsked(Evict(checkpoint_id=f"m{number}", tier="ssd"), f"e{number}"))
+    assert (desk.core._by_source, desk.core._imported) == ({}, {})

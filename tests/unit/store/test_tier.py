@@ -102,3 +102,17 @@ def test_one_store_at_a_time(tmp_path: Path) -> None:
 def test_removing_what_is_gone_is_fine(tmp_path: Path) -> None:
     tier = SsdTier(tmp_path)
     tier.remove(tier.checkpoints / "gone")
+
+
+def test_what_cannot_be_read_just_now_is_no_reason_to_delete_it(tmp_path: Path) -> None:
+    make_source(tmp_path / "m")
+    manifest = tmp_path / "store" / "checkpoints" / fill(tmp_path / "store", tmp_path / "m") / "hearth.json"
+    kept = manifest.rename(tmp_path / "kept")
+    manifest.symlink_to(manifest)  # reading fails (ELOOP), for root too
+    tier = SsdTier(tmp_path / "store")
+    stored, refused = tier.scan()
+    assert (stored, len(refused)) == ([], 1)
+    tier.close()
+    manifest.unlink()
+    kept.rename(manifest)
+    assert len(SsdTier(tmp_path / "store").scan()[0]) == 1
