@@ -14,7 +14,7 @@ import torch
 
 from services.worker import engine as engines
 from services.worker.engine import BatchingStepper, make_engine
-from services.worker.engine_thread import ThreadedEngine
+from services.worker.engine_thread import Submission, ThreadedEngine
 from services.worker.ports import EndReason
 from shared.contracts.requests import Sampling
 from shared.errors import Code, HearthError
@@ -196,8 +196,6 @@ def stepper_of(model: Any, **fields: Any) -> BatchingStepper:
 
 
 def test_a_cancelled_sequence_gives_its_blocks_back_between_two_steps() -> None:
-    from services.worker.engine_thread import Submission
-
     stepper = stepper_of(model_of("llama"))
     empty = stepper.free_blocks_bytes
     for name, token_id in (("a", 5), ("b", 6)):
@@ -226,6 +224,55 @@ def test_a_full_cache_delays_sequences_but_changes_nothing() -> None:
             started.submit(str(number), prompt, first_index=0, max_new_tokens=60, sampling=Sampling(seed=number))
         heard.ended(*map(str, range(12)))
         assert [heard.tokens[str(number)] for number in range(12)] == expected
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+def test_sequences_that_are_put_off_keep_their_penalties_their_noise_and_their_logprobs(architecture: str) -> None:
+    """Sixteen long sequences in a cache for three, some of which leave early: the others notice nothing."""
+    model = model_of(architecture)
+    prompts = prompts_of(16, seed=11, longest=40)
+    hows = [
+        Sampling(seed=number, top_p=0.95, top_k=50, frequency_penalty=0.5, presence_penalty=0.3, logprobs=2)
+        if number % 2
+        else Sampling(temperature=0.0, repetition_penalty=1.3, logprobs=1)
+        for number in range(16)
+    ]
+    with running(model) as (started, heard):
+        for number, (prompt, how) in enumerate(zip(prompts, hows, strict=True)):
+            started.submit(str(number), prompt, first_index=0, max_new_tokens=90, sampling=how)
+        heard.ended(*map(str, range(16)))
+    token_bytes = engines.kv_bytes_per_token(model.config, torch.float32)
+    stepper = stepper_of(model, kv_bytes=24 * 16 * token_bytes, slots=16, max_context_tokens=160)
+    empty, put_off = stepper.free_blocks_bytes, 0
+    requeue = stepper._scheduler.add_waiting_request
+
+    def count(state: Any) -> None:
+        nonlocal put_off
+        put_off += state._true_initial_tokens > 0
+        requeue(state)
+
+    stepper._scheduler.add_waiting_request = count
+    for number, (prompt, how) in enumerate(zip(prompts, hows, strict=True)):
+        stepper.add(Submission(str(number), prompt, 0, 90, how, frozenset()))
+    found = Recorder()
+    gone = {"3": 20, "7": 40, "12": 60}  # sequence → the step before which it leaves
+    others = {str(number) for number in range(16)} - gone.keys()
+    for step in range(5000):
+        if others <= found.ends.keys():
+            break
+        for name in [name for name, at in gone.items() if at == step]:
+            stepper.remove(name)
+        found(stepper.step())
+    assert put_off > 5, "the cache was not full"
+    assert not gone.keys() & found.ends.keys(), "they left too late"
+    for name in sorted(others):
+        assert found.tokens[name] == heard.tokens[name]
+        for one, other in zip(found.logprobs[name], heard.logprobs[name], strict=True):
+            assert one is not None
+            assert other is not None
+            assert one.chosen == pytest.approx(other.chosen, abs=1e-3)
+    assert stepper.free_blocks_bytes == empty, "blocks of what is over are still held"
+    stepper.close()
 
 
 def test_cancelling_in_a_full_cache_lets_the_others_go_on() -> None:
