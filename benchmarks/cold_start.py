@@ -14,24 +14,21 @@ import argparse
 import asyncio
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import cluster
 from benchmarks.models import generate
+from benchmarks.peer import transformers_serve
 from benchmarks.report import publish, spread
 from shared.bus import Bus
 from shared.contracts.residency import Evict
 from shared.errors import Code, HearthError
 from shared.subjects import EVICT
 from tests.builders.cluster import MIB, Cluster
-from tests.builders.servers import free_port
 
 PARTS = ("total_s", "queue_s", "decision_s", "import_s", "read_s", "attach_s", "prefill_s", "other_than_prefill_s")
 PROMPT = "The hearth keeps the fire, and the fire keeps the house warm through the long night. " * 2
@@ -140,43 +137,14 @@ def peer(home: Path, source: Path, runs: int) -> dict[str, Any]:
     warm: list[float] = []
     for run in range(runs):
         for caches, times in ((True, cold), (False, cached)):
-            port = free_port()
-            executable = Path(sys.executable).with_name("transformers")
-            with (home / "peer.log").open("ab") as out:
-                server = subprocess.Popen(
-                    [str(executable), "serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
-                    stdout=out, stderr=subprocess.STDOUT, env=os.environ | {"HF_HUB_OFFLINE": "1"},
-                )  # fmt: skip
-            try:
-                wait_for(lambda port=port: answers(f"http://127.0.0.1:{port}/health"))
+            with transformers_serve(home) as server:
                 if caches:
                     drop_page_cache(source)
                 body = {"model": str(source), "prompt": PROMPT, "max_tokens": 2, "temperature": 0}
-                url = f"http://127.0.0.1:{port}/v1/completions"
+                url = f"{server}/v1/completions"
                 times.append(first_token(url, body)[0])
                 warm.append(first_token(url, body | {"prompt": f"{run} {PROMPT}"})[0])
-            finally:
-                server.terminate()
-                server.wait(30)
     return {"cold": spread(cold), "page_cache_warm": spread(cached), "warm": spread(warm)}
-
-
-def answers(url: str) -> bool:
-    """Whether a server answers there."""
-    try:
-        with urllib.request.urlopen(url, timeout=5):
-            return True
-    except OSError:
-        return False
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Wait up to three minutes."""
-    until = time.monotonic() + 180
-    while not condition():
-        if time.monotonic() > until:
-            raise RuntimeError("the peer does not start")
-        time.sleep(0.2)
 
 
 def main() -> None:

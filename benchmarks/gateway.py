@@ -2,7 +2,8 @@
 
     python -m benchmarks.gateway [--scratch DIR] [--only warm,throughput,control,streams]
 
-* warm: time to first token through HTTP against the engine's own, driven directly in this process, alternating.
+* warm: time to first token through HTTP against the engine's own, driven directly in this process, and against
+  `transformers serve` (needs `pip install "transformers[serving]"`; `--no-peer` leaves it out), in turn.
 * throughput: requests per second through one gateway with an engine that costs nothing.
 * control: HTTP request → first token of a model that no worker has, with an engine and a loader that cost nothing:
   demand, decision, load command, replica ready, pull, claim, frame.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import statistics
 import tempfile
@@ -28,12 +30,14 @@ from tokenizers import Tokenizer
 
 from benchmarks.harness import cluster
 from benchmarks.models import generate
+from benchmarks.peer import transformers_serve
 from benchmarks.report import ms, publish, spread
 from services.worker.ports import EngineEvent, SequenceEnd, StepToken
 from shared.contracts.requests import Sampling
 from tests.builders.cluster import MIB, Cluster
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo-model" / "model"
+SETTLE_S = 0.5
 PROMPT = [5 + n % 200 for n in range(32)]
 
 
@@ -87,7 +91,7 @@ class Direct:
 
 
 async def stream(
-    session: aiohttp.ClientSession, url: str, model: str, prompt: list[int], tokens: int
+    session: aiohttp.ClientSession, url: str, model: str, prompt: list[int] | str, tokens: int
 ) -> tuple[float, float]:
     """(seconds to the first token, seconds in all) of one streamed completion. Raises RuntimeError on any error."""
     body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
@@ -102,7 +106,9 @@ async def stream(
                 if b'"error"' in line:
                     raise RuntimeError(line.decode())
                 first = first or time.perf_counter()
-    raise RuntimeError("the stream ended without [DONE]")
+    if not first:
+        raise RuntimeError("the stream ended without a token")
+    return first - start, time.perf_counter() - start  # transformers serve sends no [DONE] here
 
 
 def session() -> aiohttp.ClientSession:
@@ -110,28 +116,33 @@ def session() -> aiohttp.ClientSession:
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=300))
 
 
-async def warm(running: Cluster, direct: Direct, source: Path, runs: int) -> dict[str, Any]:
-    """Time to first token, HTTP and direct in turn. The model speaks: its first token is text and not held back."""
+async def warm(running: Cluster, direct: Direct, peer: str | None, source: Path, runs: int) -> dict[str, Any]:
+    """Time to first token: HTTP and direct in turn, the peer in turn with ten of them.
+
+    The model speaks, so its first token is not held back. Before and after the peer's turn the processor gets time to
+    settle: OpenMP's threads spin on after their work.
+    """
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
-    through, own = [], []
+    # They begin differently, so that no prefix is shared.
+    texts = [
+        f"{number} and {number} more foxes went into the dark forest. Once upon a time" for number in range(runs + 10)
+    ]
+    through, own, other = [], [], []
     async with session() as client:
-        for number in range(runs + 5):
-            # It begins differently each time, so that no prefix is shared.
-            text = (
-                f"{number} and {number} more foxes went into the dark forest to look for the lantern. Once upon a time"
-            )
-            prompt = tokenizer.encode(text).ids
-            http_s, _ = await stream(client, running.url, "demo", prompt, 2)
-            own_s, _, _ = await asyncio.to_thread(direct.run, [prompt], 2)
-            if number >= 5:
-                through.append(http_s)
-                own.append(own_s)
+        for first in range(0, len(texts), 10):
+            turn = texts[first : first + 10]
+            for text in turn:
+                prompt = tokenizer.encode(text).ids
+                through.append((await stream(client, running.url, "demo", prompt, 2))[0])
+                own.append((await asyncio.to_thread(direct.run, [prompt], 2))[0])
+            if peer is not None:
+                await asyncio.sleep(SETTLE_S)
+                other += [(await stream(client, peer, str(source), text, 2))[0] for text in turn]
+                await asyncio.sleep(SETTLE_S)
+    del through[:10], own[:10], other[:10]  # the first turn warms up
     base = statistics.median(own)
-    return {
-        "http_s": spread(through),
-        "engine_s": spread(own),
-        "overhead_s": spread([value - base for value in through]),
-    }
+    found = {"http_s": spread(through), "engine_s": spread(own), "overhead_s": spread([one - base for one in through])}
+    return found | ({"transformers_serve_s": spread(other)} if peer is not None else {})
 
 
 async def throughput(running: Cluster, requests: int, clients: int) -> dict[str, Any]:
@@ -216,6 +227,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, help="keeps the generated models between runs")
     parser.add_argument("--only", default="warm,throughput,control,streams")
     parser.add_argument("--runs", type=int, default=200, help="requests of the warm part")
+    parser.add_argument("--no-peer", action="store_true")
     options = parser.parse_args()
     only = options.only.split(",")
     figures: dict[str, Any] = {}
@@ -238,12 +250,16 @@ def main() -> None:
             with cluster(home / "warm") as running:
                 running.deploy("demo", DEMO, keep_alive_s=300)
                 direct = Direct(DEMO, 16)
-                figures["warm"] = found = asyncio.run(warm(running, direct, DEMO, options.runs))
+                serving = contextlib.nullcontext(None) if options.no_peer else transformers_serve(home)
+                with serving as peer:
+                    figures["warm"] = found = asyncio.run(warm(running, direct, peer, DEMO, options.runs))
                 direct.close()
                 rows.append(["warm TTFT through HTTP, median", ms(found["http_s"]["median"]), ""])
                 rows.append(["the engine's own TTFT, median", ms(found["engine_s"]["median"]), ""])
                 rows.append(["difference, median", ms(found["overhead_s"]["median"]), "≤ 5 ms"])
                 rows.append(["difference, P99", ms(found["overhead_s"]["p99"]), "≤ 25 ms"])
+                if "transformers_serve_s" in found:
+                    rows.append(["transformers serve, median", ms(found["transformers_serve_s"]["median"]), ""])
         if "streams" in only:
             medium = generate(models / "llama-125m", "llama-125m", "float32")
             with cluster(home / "streams", dram_bytes=1024 * MIB) as running:

@@ -66,6 +66,7 @@ class Run:
     state: RunState = RunState.CLAIMING
     tries: int = 0
     retry_at: float | None = None
+    asked_at: float = 0.0
     claimed: Claimed | None = None
     claimed_at: float = 0.0
     cancelled: Cancel | None = None
@@ -322,9 +323,10 @@ class WorkerCore:
             actions += self._over(older, "superseded", now)
         self.runs[run.token] = run
         self._by_request[run.request.request_id] = run
-        return [*actions, self._claim(run)]
+        return [*actions, self._claim(run, now)]
 
-    def _claim(self, run: Run) -> e.ClaimRequest:
+    def _claim(self, run: Run, now: float) -> e.ClaimRequest:
+        run.asked_at = now
         message = Claim(
             request_id=run.request.request_id,
             worker_id=self.limits.worker_id,
@@ -354,7 +356,7 @@ class WorkerCore:
             case Claimed():
                 run.claimed, run.claimed_at = answer, now
                 run.state = RunState.TOKENISING
-                ledger = run.replica.ledger(waited_s=answer.waited_s, now=now)
+                ledger = run.replica.ledger(waited_s=answer.waited_s, now=run.asked_at)
                 run.ledger = msgspec.structs.replace(ledger, recoveries=max(0, run.owners - 1))
                 if run.cancelled is not None and answer.epoch <= run.cancelled.epoch:
                     return self._cancel(run.cancelled, now)
@@ -567,7 +569,7 @@ class WorkerCore:
         for run in [run for run in self._retries.values() if run.retry_at is not None and run.retry_at <= now]:
             del self._retries[run.token]
             run.retry_at = None
-            actions.append(self._claim(run))
+            actions.append(self._claim(run, now))
         for replica in self.replicas.values():
             if replica.retry_at is not None and replica.retry_at <= now:
                 actions += replica.advance(now)

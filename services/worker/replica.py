@@ -264,7 +264,10 @@ class Replica:
         )
 
     def ledger(self, *, waited_s: float, now: float) -> Ledger:
-        """The ledger of a request claimed at `now` after `waited_s`; cold if it was there before the replica was."""
+        """The ledger of a request that was claimed at `now`, `waited_s` after its publication (as its gateway says).
+
+        It is cold if it was there before the replica was.
+        """
         if waited_s <= now - self.ready_at or self.lease is None:
             return Ledger(queue_s=waited_s)
         lease = self.lease
