@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -13,7 +14,7 @@ import msgspec
 import pytest
 import torch
 
-from services.worker.loader import TorchLoader
+from services.worker.loader import AttachedModel, TorchLoader
 from services.worker.loader_memory import Mappings
 from services.worker.ports import EndReason
 from shared.contracts.manifest import MANIFEST_NAME, Manifest, decode_manifest, encode_manifest
@@ -77,6 +78,16 @@ def tokens_through(loader: TorchLoader, lease: Lease, **fields: Any) -> list[int
         loaded.close()
 
 
+def strip_prefix(directory: Path) -> None:
+    """Name GPT-2's tensors as old checkpoints do: transformers' own loading has to convert them."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(directory / "model.safetensors")
+    renamed = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    assert "h.0.attn.c_attn.weight" in renamed
+    save_file(renamed, directory / "model.safetensors", metadata={"format": "pt"})
+
+
 def test_a_model_answers_from_its_image(loader: TorchLoader, llama: Path, tmp_path: Path) -> None:
     lease = make_lease(llama, tmp_path / "pool")
     assert tokens_through(loader, lease) == expected_tokens(llama)
@@ -137,14 +148,9 @@ def test_half_precision_and_a_tensor_of_another_type(loader: TorchLoader, tmp_pa
 
 
 def test_names_without_the_models_prefix_are_converted(loader: TorchLoader, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     directory = make_model(tmp_path / "model", "gpt2", tie=True, eos=False)
     expected = expected_tokens(directory)
-    tensors = load_file(directory / "model.safetensors")
-    renamed = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-    assert "h.0.attn.c_attn.weight" in renamed
-    save_file(renamed, directory / "model.safetensors", metadata={"format": "pt"})
+    strip_prefix(directory)
     write_manifest(directory)
     assert tokens_through(loader, make_lease(directory, tmp_path / "pool")) == expected
 
@@ -173,6 +179,48 @@ def test_parameters_are_the_stores_memory_and_two_replicas_share_it(
     for one in loaded:
         one.close()
         one.close()
+
+
+def test_two_models_in_one_worker_say_at_the_same_time_what_each_says_alone(
+    loader: TorchLoader, llama: Path, tmp_path: Path
+) -> None:
+    """And a third one, whose tensors have to be converted, comes and goes meanwhile."""
+    other = make_model(tmp_path / "other", "qwen2", eos=False, seed=5)
+    write_manifest(other)
+    third = make_model(tmp_path / "third", "gpt2", eos=False, dtype="bfloat16")
+    strip_prefix(third)
+    write_manifest(third)
+    leases = [make_lease(directory, tmp_path / f"pool-{directory.name}") for directory in (llama, other, third)]
+    chance = random.Random(1)
+    prompts = [[chance.randrange(5, 500) for _ in range(chance.randrange(1, 60))] for _ in range(8)]
+    hows = [Sampling(seed=number, top_p=0.9) if number % 2 else GREEDY for number in range(8)]
+
+    def submit(loaded: AttachedModel) -> None:
+        for number, (prompt, how) in enumerate(zip(prompts, hows, strict=True)):
+            loaded.engine.submit(str(number), prompt, first_index=0, max_new_tokens=60, sampling=how)
+
+    alone: list[dict[str, list[int]]] = []
+    for lease in leases[:2]:
+        heard = Recorder()
+        loaded = loader.load(lease, kv_bytes=1 << 22, slots=8, max_context_tokens=None, sink=heard)
+        submit(loaded)
+        heard.ended(*map(str, range(8)))
+        loaded.close()
+        alone.append(heard.tokens)
+    third_alone = tokens_through(loader, leases[2])
+    together = [Recorder(), Recorder()]
+    both = [
+        loader.load(lease, kv_bytes=1 << 22, slots=8, max_context_tokens=None, sink=heard)
+        for lease, heard in zip(leases[:2], together, strict=True)
+    ]
+    for loaded in both:
+        submit(loaded)
+    assert tokens_through(loader, leases[2]) == third_alone
+    for heard in together:
+        heard.ended(*map(str, range(8)))
+    for loaded in both:
+        loaded.close()
+    assert [heard.tokens for heard in together] == alone
 
 
 def test_a_new_file_under_the_old_name_is_mapped_anew(loader: TorchLoader, llama: Path, tmp_path: Path) -> None:
