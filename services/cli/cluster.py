@@ -32,6 +32,9 @@ SET_BY_PLAN: Final = frozenset(
         "HEARTH_HTTP_HOST", "HEARTH_HTTP_PORT", "HEARTH_LOG_FORMAT", "HEARTH_METRICS_PORT",
     }
 )  # fmt: skip
+# Of these, the ones that `up` takes from the environment after all, or that make no difference.
+USED_BY_PLAN: Final = frozenset({"HEARTH_NATS_URL", "HEARTH_REDIS_URL", "HEARTH_LOG_FORMAT"})
+CUDA_CONTROL: Final = Path("/dev/nvidiactl")  # there where NVIDIA's driver is
 
 
 class UpError(Exception):
@@ -136,6 +139,11 @@ def dram_default(memory: int, server_count: int) -> int:
     return max(LEAST_DRAM_BYTES, min(MOST_DRAM_BYTES, share // 2**20 * 2**20))
 
 
+def worker_memory_default(memory: int, worker_count: int) -> int:
+    """Bytes for replicas of each worker on the CPU: an eighth of memory, all workers together at most a quarter."""
+    return memory // 4 // max(2, worker_count)
+
+
 def _ssd_share(data_dir: Path, server_count: int) -> int:
     """Bytes of each server's SSD tier: all of them together nine tenths of what is free or theirs already."""
     home = data_dir / "servers"
@@ -185,6 +193,11 @@ def make(wish: Wish, programs: Mapping[str, servers.Program], environ: Mapping[s
     """
     check_port(wish.host, wish.port, "--port")
     notes: list[str] = []
+    if ignored := sorted(name for name in SET_BY_PLAN - USED_BY_PLAN if environ.get(name)):
+        notes.append(
+            f"{', '.join(ignored)} {'does' if len(ignored) == 1 else 'do'} not count here: `hearth up` sets such "
+            "things for each service; its own options are --dram, --ssd, --host and --port"
+        )
     infrastructure: list[ChildPlan] = []
     nats_url, redis_url = environ.get("HEARTH_NATS_URL", ""), environ.get("HEARTH_REDIS_URL", "")
     if program := programs.get("nats-server"):
@@ -208,6 +221,8 @@ def make(wish: Wish, programs: Mapping[str, servers.Program], environ: Mapping[s
     base = {name: value for name, value in environ.items() if name not in SET_BY_PLAN}
     base |= {"HEARTH_NATS_URL": nats_url, "HEARTH_REDIS_URL": redis_url, "HEARTH_LOG_FORMAT": "json"}
     base.setdefault("HEARTH_TORCH_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    if environ.get("HEARTH_DEVICE") == "cpu" or not CUDA_CONTROL.exists():
+        base.setdefault("HEARTH_WORKER_MEMORY_BYTES", str(worker_memory_default(memory_bytes(), workers)))
     # Python's own buffering would hold lines back that are no log records, such as a crash of the interpreter.
     base["PYTHONUNBUFFERED"] = "1"
 

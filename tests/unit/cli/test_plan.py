@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.cluster import ChildPlan, DataDir, Plan, UpError, Wish, check_port, dram_default, make
+from services.cli.cluster import ChildPlan, DataDir, Plan, UpError, Wish, check_port, dram_default, make, memory_bytes
 from services.cli.servers import Program, free_port, nats_command, redis_command
 from services.cli.up import STOP_ORDER, banner
 
@@ -58,6 +58,25 @@ def test_the_users_settings_reach_the_services_but_not_those_of_single_processes
     worker = by_name(plan_of(tmp_path, environ))["worker-1"].environment
     assert worker["HEARTH_ENGINE"] == "null" and worker["PATH"] == "/bin"
     assert worker["HEARTH_SERVER_ID"] == "server-1" and "HEARTH_METRICS_PORT" not in worker
+
+
+def test_settings_that_do_not_count_are_told(tmp_path: Path) -> None:
+    assert plan_of(tmp_path, {"HEARTH_NATS_URL": "nats://there:1", "HEARTH_DRAIN_S": "5"}).notes == []
+    (note,) = plan_of(tmp_path, {"HEARTH_DRAM_BYTES": "4096", "HEARTH_HTTP_PORT": "81"}).notes
+    assert note.startswith("HEARTH_DRAM_BYTES, HEARTH_HTTP_PORT do not count here")
+
+
+def test_workers_of_one_machine_share_its_memory(tmp_path: Path) -> None:
+    cpu = {"HEARTH_DEVICE": "cpu"}
+    memory = [
+        int(child.environment["HEARTH_WORKER_MEMORY_BYTES"])
+        for child in plan_of(tmp_path, cpu, servers=2, workers_per_server=4).services
+        if child.kind == "worker"
+    ]
+    assert len(memory) == 8
+    assert sum(memory) <= memory_bytes() // 4
+    own = by_name(plan_of(tmp_path, {**cpu, "HEARTH_WORKER_MEMORY_BYTES": "5"}))["worker-1"].environment
+    assert own["HEARTH_WORKER_MEMORY_BYTES"] == "5"
 
 
 def test_servers_that_already_run_are_used(tmp_path: Path) -> None:
