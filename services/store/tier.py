@@ -52,8 +52,8 @@ class SsdTier:
     def scan(self) -> tuple[list[StoredCheckpoint], list[tuple[str, str]]]:
         """The checkpoints that are here, least recently used first; and (name, reason) of what is not one.
 
-        What is no valid checkpoint is removed. One of a newer format, which a newer Hearth can read, and one that cannot
-        be read just now are left alone.
+        What is no valid checkpoint is removed. One of a newer format, which a newer Hearth can read, and one that
+        cannot be read just now are left alone.
         """
         found: list[tuple[float, StoredCheckpoint]] = []
         refused: list[tuple[str, str]] = []
