@@ -7,7 +7,8 @@ sleeps on a condition (`engine_thread.py`), and puts `sampling.choose` in the pl
 sequence has its own seed, penalties, bias and logprobs. CUDA graphs and asynchronous batching are off: the sampler's
 state is the host's.
 
-The parts of transformers used here are not its public interface; they are pinned with it and covered by tests.
+The parts of transformers used here are not its public interface: they are those of `TRANSFORMERS`, which the extra
+`worker` asks for, and the warm-up of a worker (`warm_engine`) runs them before any model is asked for.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from services.worker.sampling import SamplingRow, choose
 from shared.contracts.requests import Sampling
 from shared.errors import Code, Failure, HearthError
 
+TRANSFORMERS: Final = "5.23"  # the version whose batching this is made for
 PAGE_TOKENS: Final = 16  # tokens of a KV block: the unit of prefix sharing
 SLICE_TOKENS_CPU: Final = 128  # most tokens of one step; a prefill is cut into such slices, between which others decode
 SLICE_TOKENS_CUDA: Final = 1024
@@ -111,7 +113,7 @@ class BatchingStepper:
                     use_async_batching=False,
                     use_cuda_graph=False,
                     max_memory_percent=1.0,
-                    auto_switch_to_flash=model.device.type == "cuda",
+                    auto_switch_to_flash=may_use_flash(model.device, model.dtype),
                     seed=0,
                 ),
             )
@@ -229,6 +231,17 @@ class BatchingStepper:
             output_ids[0, : len(rows)].copy_(tokens)
             if any(entry is not None for entry in logprobs):
                 self._logprobs = logprobs
+
+
+def may_use_flash(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether transformers may take flash attention where it is installed.
+
+    The kernels know half precision only; and with the package `kernels` transformers would fetch them from the hub,
+    which is remote code.
+    """
+    from transformers.utils import is_kernels_available
+
+    return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and not is_kernels_available()
 
 
 def make_engine(
@@ -388,14 +401,25 @@ def _probe(tiny: Any) -> str:
 
 
 def warm_engine(device: torch.device) -> None:
-    """Generate a few tokens with a tiny model: imports, first kernels, thread pools are then paid for."""
+    """Generate a few tokens with a tiny model: imports, first kernels, thread pools are then paid for.
+
+    Raises HearthError: UNSUPPORTED if the engine does not work with the installed transformers.
+    """
+    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = shrink(AutoConfig.for_model("llama"))
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().to(device)
     for kind in (Sampling(temperature=0.0), Sampling(top_p=0.9, top_k=5, min_p=0.1, logprobs=1, presence_penalty=1.0)):
-        _run(BatchingStepper(model, kv_bytes=1 << 20, slots=2, max_context_tokens=64), [[1, 2, 3], [4]], kind)
+        try:
+            _run(BatchingStepper(model, kv_bytes=1 << 20, slots=2, max_context_tokens=64), [[1, 2, 3], [4]], kind)
+        except FOREIGN_ERRORS as error:
+            raise HearthError(
+                Code.UNSUPPORTED,
+                f"The engine is made for transformers {TRANSFORMERS}; with {transformers.__version__} on {device} it "
+                f"does not work ({type(error).__name__}: {error}).",
+            ) from error
 
 
 def _plain_tokens(model: Any, prompt: list[int]) -> list[int]:

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from services.worker.engine import VERIFIED_TYPES, choose_engine, probe, shrink
+from services.worker.engine import (
+    TRANSFORMERS,
+    VERIFIED_TYPES,
+    choose_engine,
+    may_use_flash,
+    probe,
+    shrink,
+    warm_engine,
+)
 from shared.errors import Code, HearthError
 from tests.builders.models import make_config
 
@@ -31,6 +40,39 @@ def test_a_model_without_attention_is_refused() -> None:
     with pytest.raises(HearthError) as refused:
         choose_engine(AutoConfig.for_model("mamba"))
     assert refused.value.failure.code is Code.UNSUPPORTED
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "fetches", "flash"),
+    [
+        ("cuda", torch.bfloat16, False, True),
+        ("cuda", torch.float16, False, True),
+        ("cuda", torch.float32, False, False),  # the kernels know half precision only
+        ("cuda", torch.bfloat16, True, False),  # they would come from the hub
+        ("cpu", torch.bfloat16, False, False),
+    ],
+)
+def test_flash_attention_is_used_where_it_works_and_is_installed(
+    device: str, dtype: torch.dtype, fetches: bool, flash: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.utils.is_kernels_available", lambda: fetches)
+    assert may_use_flash(torch.device(device), dtype) is flash
+
+
+def test_another_transformers_than_the_engine_is_made_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("transformers.generation.continuous_batching.model_runner.infer_max_single_request_tokens")
+    monkeypatch.setattr("transformers.__version__", "5.99.1")
+    with pytest.raises(HearthError) as refused:
+        warm_engine(torch.device("cpu"))
+    assert refused.value.failure.code is Code.UNSUPPORTED
+    assert "5.99.1" in refused.value.failure.message
+    assert TRANSFORMERS in refused.value.failure.message
+
+
+def test_the_tests_run_with_the_transformers_that_the_engine_is_made_for() -> None:
+    import transformers
+
+    assert transformers.__version__.startswith(TRANSFORMERS + ".")
 
 
 def test_a_shrunk_config_keeps_every_kind_of_layer() -> None:
