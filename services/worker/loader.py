@@ -18,7 +18,7 @@ import platform
 import re
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -76,15 +76,20 @@ class AttachedModel:
         self._image = image
         self._mappings = mappings
         self._lock = threading.Lock()
+        self._closed = False
 
     def close(self) -> None:
         """See `Loaded`. The engine's thread held the only reference to the model."""
         with self._lock:
+            if self._closed:
+                return
             self.engine.close()
-            image, self._image = self._image, None
-            if image is not None:
-                gc.collect()  # models are full of reference cycles, and a view must not outlive its memory
-                self._mappings.release(image)
+            # Models are full of reference cycles. A view must not outlive its memory, and a device's memory is counted
+            # as free from now on.
+            gc.collect()
+            if self._image is not None:
+                self._mappings.release(self._image)
+            self._closed = True
 
 
 @dataclass(frozen=True)
@@ -153,8 +158,13 @@ class TorchLoader:
         engine: str = "auto",
     ) -> AttachedModel:
         """See `Loader`."""
-        with self._lock:
-            return self._load(lease, kv_bytes, slots, max_context_tokens, sink, engine)
+        # CUDA's current device is a matter of each thread; without this, a worker of cuda:1 takes memory of cuda:0 too.
+        on_device = torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+        with self._lock, on_device:
+            try:
+                return self._load(lease, kv_bytes, slots, max_context_tokens, sink, engine)
+            except (MemoryError, torch.OutOfMemoryError) as error:
+                raise HearthError(Code.OUT_OF_MEMORY, "The model does not fit the device's memory.") from error
 
     def close(self) -> None:
         """See `Loader`."""
@@ -243,6 +253,9 @@ class TorchLoader:
         result = torch.cuda.cudart().cudaHostRegister(image.segment_address, image.segment_bytes, portable)
         if int(result) == 0:
             self._pins[image.segment_address] = image.segment_bytes
+            return
+        with suppress(RuntimeError):  # CUDA keeps a refusal as its "last error", which the next launch would report
+            torch.ones(1, device=self._device).add_(1)
 
     def _unpin(self, address: int) -> None:
         if self._pins.pop(address, None) is not None:
@@ -382,6 +395,8 @@ def _convert(read: _Read, views: dict[str, torch.Tensor], device: torch.device) 
         model, info = read.model_class.from_pretrained(
             None, config=read.config, state_dict=views, dtype=read.dtype, output_loading_info=True
         )
+    except torch.OutOfMemoryError:  # a RuntimeError, but not the checkpoint's fault
+        raise
     except _FOREIGN as error:
         raise HearthError(
             Code.CHECKPOINT_CORRUPT, f"The checkpoint's tensors do not fit its config ({type(error).__name__})."

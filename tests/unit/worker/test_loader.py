@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 
 from services.worker.loader import AttachedModel, TorchLoader
 from services.worker.loader_memory import Mappings
-from services.worker.ports import EndReason
+from services.worker.ports import AttachTimes, EndReason
 from shared.contracts.manifest import MANIFEST_NAME, Manifest, decode_manifest, encode_manifest
 from shared.contracts.requests import Sampling, TextPrompt
 from shared.contracts.residency import Extent, Lease
@@ -263,7 +265,50 @@ def test_warm_up_and_device(llama: Path, tmp_path: Path) -> None:
         assert refused.value.failure.code is Code.UNAVAILABLE
 
 
+def test_a_closed_model_is_gone_even_if_it_is_a_cycle_and_has_no_image() -> None:
+    """As on a device with memory of its own: what stayed until some later collection would be missing for the next."""
+
+    class Cycle:
+        def __init__(self) -> None:
+            self.me = self
+
+    class Engine:
+        def __init__(self) -> None:
+            self.model: Cycle | None = Cycle()
+
+        def close(self) -> None:
+            self.model = None
+
+    engine = Engine()
+    model = weakref.ref(engine.model)
+    values: dict[str, Any] = {"engine": engine, "tokenizer": None, "times": AttachTimes(), "mappings": Mappings()}
+    loaded = AttachedModel(max_context_tokens=1, memory_bytes=1, image=None, **values)
+    gc.disable()
+    try:
+        loaded.close()
+        assert model() is None
+        loaded.close()
+    finally:
+        gc.enable()
+
+
 # ------------------------------------------------------------------------------------------------- what can be wrong
+
+
+def test_a_device_that_is_full_is_no_corrupt_checkpoint(
+    loader: TorchLoader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = make_model(tmp_path / "model", "gpt2", eos=False)
+    strip_prefix(directory)
+    write_manifest(directory)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("transformers.GPT2LMHeadModel.from_pretrained", full)
+    with pytest.raises(HearthError) as refused:
+        tokens_through(loader, make_lease(directory, tmp_path / "pool"))
+    assert refused.value.failure.code is Code.OUT_OF_MEMORY
 
 
 def edit_manifest(directory: Path, edit: Callable[[Manifest], Manifest]) -> None:
