@@ -214,6 +214,11 @@ def chat_logprobs(positions: Sequence[Logprobs]) -> ChatLogprobs:
     return ChatLogprobs(content=content)
 
 
+def _by_text(position: Logprobs) -> dict[str, float]:
+    """The most likely tokens and, as OpenAI has it, the chosen one; of tokens with the same text the likeliest."""
+    return {token.text: _logprob(token.logprob) for token in reversed((*position.top, position.chosen))}
+
+
 def text_logprobs(positions: Sequence[Logprobs], offset: int) -> TextLogprobs:
     """Log probabilities in the form of `/v1/completions`; `offset` is where the first token's text begins."""
     offsets: list[int] = []
@@ -223,7 +228,7 @@ def text_logprobs(positions: Sequence[Logprobs], offset: int) -> TextLogprobs:
     return TextLogprobs(
         tokens=[position.chosen.text for position in positions],
         token_logprobs=[_logprob(position.chosen.logprob) for position in positions],
-        top_logprobs=[{token.text: _logprob(token.logprob) for token in position.top} for position in positions],
+        top_logprobs=[_by_text(position) for position in positions],
         text_offset=offsets,
     )
 

@@ -566,6 +566,14 @@ def test_completion_log_probabilities_have_running_offsets() -> None:
     assert found["top_logprobs"] == [{"é": -0.5, "x": -9999.0}]
 
 
+def test_completion_log_probabilities_hold_the_chosen_token_and_of_equal_texts_the_likeliest() -> None:
+    half, other = (TokenLogprob(token_id=id, text="\ufffd", logprob=-float(id)) for id in (1, 2))
+    chosen = TokenLogprob(token_id=9, text="rare", logprob=-9.0)
+    out = rendering(text(stream=True, logprobs=2))
+    event = loads(out.frame(0, frame(0, "rare", (Logprobs(chosen=chosen, top=(half, other)),))))
+    assert event["choices"][0]["logprobs"]["top_logprobs"] == [{"\ufffd": -1.0, "rare": -9.0}]
+
+
 def test_ledger_headers() -> None:
     headers = r.ledger_headers("q", Ledger(cold=True, tier="ssd", queue_s=1.25, read_s=0.5))
     assert headers["x-hearth-queue-ms"] == "1250.0"
