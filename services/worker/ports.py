@@ -110,9 +110,9 @@ class Engine(Protocol):
         (seed, index) only, and penalties count the last `first_index` of `token_ids` as output. The sequence ends with
         the first EOS token (unless `sampling.ignore_eos`) or one of `sampling.stop_token_ids`. `sampling.max_tokens`
         and `sampling.stop` are the caller's business. `max_new_tokens` is cut to what `max_sequence_tokens` leaves room
-        for. Never raises: what is wrong with a submission becomes its `SequenceEnd`: PROMPT_TOO_LONG when the
-        tokens leave no room for a new one, OUT_OF_MEMORY when they do not fit the KV cache, INVALID_REQUEST for token
-        ids out of the vocabulary or a sequence id that is in use. A sequence id may be used again after its end.
+        for. What is wrong with a submission becomes its `SequenceEnd`: PROMPT_TOO_LONG when the tokens leave no room
+        for a new one, INVALID_REQUEST for token ids out of the vocabulary, BUSY when the engine holds too many. Raises
+        ValueError only for a sequence id that is live; it may be used again after its end.
         """
 
     def cancel(self, sequence_id: str) -> None:
