@@ -175,6 +175,7 @@ class Bus:
         self._idle = asyncio.Event()
         self._idle.set()
         self._pullers: list[Puller] = []
+        self._on_disconnect: list[Callable[[], None]] = []
         self._on_reconnect: list[Callable[[], None]] = []
         self._log = log.get("bus")
         self.closing = False  # a disconnection is wanted now
@@ -197,6 +198,8 @@ class Bus:
         async def on_disconnect() -> None:
             if not (holder and holder[0].closing):
                 logger.warning("bus.disconnected")
+                for bus in holder:
+                    bus._disconnected()
 
         async def on_closed() -> None:
             for bus in holder:
@@ -243,6 +246,10 @@ class Bus:
     def connected(self) -> bool:
         """Whether a server is connected right now."""
         return bool(self.client.is_connected)
+
+    def on_disconnect(self, callback: Callable[[], None]) -> None:
+        """Call this whenever the connection is lost (and tried to be made again)."""
+        self._on_disconnect.append(callback)
 
     def on_reconnect(self, callback: Callable[[], None]) -> None:
         """Call this whenever the connection was lost and is back (calls in flight may have been lost)."""
@@ -482,6 +489,10 @@ class Bus:
                     break
                 self._outbox.popleft()
             self._idle.set()
+
+    def _disconnected(self) -> None:
+        for callback in self._on_disconnect:
+            self.guard(callback)
 
     def _reconnected(self) -> None:
         for puller in list(self._pullers):

@@ -190,6 +190,16 @@ class CheckpointRemoved:
 
 
 @dataclass(frozen=True, slots=True)
+class BusLost:
+    """The connection to the bus is lost: no holder can renew its leases now."""
+
+
+@dataclass(frozen=True, slots=True)
+class BusBack:
+    """The connection to the bus is back."""
+
+
+@dataclass(frozen=True, slots=True)
 class DrainAsked:
     """The store is going to stop: nothing new is taken, whoever waits is told."""
 
@@ -211,6 +221,8 @@ Event: TypeAlias = (
     | ReadDone
     | ReadFailed
     | CheckpointRemoved
+    | BusLost
+    | BusBack
     | DrainAsked
 )
 

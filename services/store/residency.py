@@ -17,6 +17,8 @@ from services.store.events import (
     AcquireAsked,
     Action,
     Answer,
+    BusBack,
+    BusLost,
     CheckpointRemoved,
     DrainAsked,
     Event,
@@ -111,6 +113,7 @@ class _Held:
     lease: Lease
     holder: str
     expires_at: float
+    ttl_s: float
 
 
 @dataclass(slots=True)
@@ -218,6 +221,7 @@ class Residency:
         self._uses = 0
         self._lease_count = 0
         self._draining = False
+        self._bus_lost = False
         for one in stored:
             self._adopt(one)
 
@@ -268,6 +272,13 @@ class Residency:
                 self._read_failed(checkpoint_id, failure, now, actions)
             case CheckpointRemoved(checkpoint_id, removal_failure):
                 self._removed(checkpoint_id, removal_failure, actions)
+            case BusLost():
+                # Holders cannot renew, and may well use the bytes all the same: nothing expires meanwhile.
+                self._bus_lost = True
+            case BusBack():
+                self._bus_lost = False
+                for held in self._leases.values():
+                    held.expires_at = max(held.expires_at, now + held.ttl_s)
             case DrainAsked():
                 self._drain(actions)
             case _:
@@ -279,7 +290,7 @@ class Residency:
 
     def deadline(self) -> float | None:
         """The monotonic second at which something lapses."""
-        moments = [held.expires_at for held in self._leases.values()]
+        moments = [] if self._bus_lost else [held.expires_at for held in self._leases.values()]
         moments += [until for _, until in self._failed_imports.values()]
         for want in self._wants.values():
             moments += [waiter.deadline for waiter in want.waiters] or [want.lapses_at]
@@ -389,7 +400,7 @@ class Residency:
         if copy is not None and copy.ready and want is None:
             kept = self._leases.get(self._kept_for.pop(key, ""))
             if kept is not None:
-                kept.expires_at = now + _clamp(message.ttl_s, TTL_LIMIT_S)
+                self._keep(kept, message.ttl_s, now)
             actions.append(
                 Answer(reply, kept.lease if kept is not None else self._grant(message, id, now, tier="dram"))
             )
@@ -449,7 +460,7 @@ class Residency:
         """
         copy, on = self._dram[id], self._ssd[id]
         copy.use = on.use = self._next_use()
-        expires_at = now + (ttl_s if ttl_s is not None else _clamp(message.ttl_s, TTL_LIMIT_S))
+        ttl_s = ttl_s if ttl_s is not None else _clamp(message.ttl_s, TTL_LIMIT_S)
         self._lease_count += 1
         lease_id = f"{self._nonce}-{self._lease_count}"
         lease = Lease(
@@ -466,7 +477,7 @@ class Residency:
             ssd_bytes=0 if tier == "dram" else copy.image_bytes,
             dram_bytes=copy.image_bytes,
         )
-        self._leases[lease_id] = _Held(lease=lease, holder=message.holder, expires_at=expires_at)
+        self._leases[lease_id] = _Held(lease=lease, holder=message.holder, expires_at=now + ttl_s, ttl_s=ttl_s)
         return lease
 
     def _renew(self, message: Renew, reply: ReplyHandle, now: float, actions: list[Action]) -> None:
@@ -476,8 +487,12 @@ class Residency:
             if held is None or held.holder != message.holder:
                 unknown.append(lease_id)
             else:
-                held.expires_at = now + _clamp(message.ttl_s, TTL_LIMIT_S)
+                self._keep(held, message.ttl_s, now)
         actions.append(Answer(reply, Renewed(unknown=tuple(unknown))))
+
+    def _keep(self, held: _Held, ttl_s: float, now: float) -> None:
+        held.ttl_s = _clamp(ttl_s, TTL_LIMIT_S)
+        held.expires_at = now + held.ttl_s
 
     def _release(self, message: Release, actions: list[Action]) -> None:
         held = self._leases.get(message.lease_id)
@@ -853,7 +868,7 @@ class Residency:
 
     def _expire(self, now: float, actions: list[Action]) -> None:
         for lease_id, held in list(self._leases.items()):
-            if held.expires_at <= now:
+            if held.expires_at <= now and not self._bus_lost:
                 self._end_lease(lease_id)
                 facts = {"lease_id": lease_id, "holder": held.holder}
                 actions.append(Note("lease.expired", {**facts, "checkpoint_id": held.lease.checkpoint.checkpoint_id}))

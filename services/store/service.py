@@ -20,6 +20,8 @@ from services.store.events import (
     AcquireAsked,
     Action,
     Answer,
+    BusBack,
+    BusLost,
     CheckpointRemoved,
     DrainAsked,
     Event,
@@ -107,6 +109,8 @@ class StoreService:
         context.tasks.create_task(self._driver.run(), name="driver")
         self._heartbeat = context.heartbeat(self._record)
         post = self._driver.post
+        bus.on_disconnect(lambda: post(BusLost()))
+        bus.on_reconnect(lambda: post(BusBack()))
         self._subscriptions = [
             await bus.serve(INSPECT, lambda message, reply: post(InspectAsked(message, reply)), **ids),
             await bus.serve(IMPORT, lambda message, reply: post(ImportAsked(message, reply)), **ids),

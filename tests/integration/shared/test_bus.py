@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from shared.bus import Bus, Delivery, Reply
 from shared.contracts.requests import Claim, Claimed, Demand, Gone, Request, Sampling, TextPrompt
 from shared.errors import Code, Failure, HearthError
 from shared.subjects import CLAIM, DEMAND, SubjectError
+from tests.builders.servers import start_nats
 
 
 def a_request(number: int = 0) -> Request:
@@ -249,3 +251,14 @@ async def test_a_connection_that_is_closed_for_good_ends_its_service(nats_url: s
     (error,) = ended.value.exceptions
     assert isinstance(error, HearthError)
     assert error.failure.code is Code.UNAVAILABLE
+
+
+async def test_a_lost_connection_is_told(tmp_path: Path) -> None:
+    process, url = start_nats(tmp_path)
+    lost = asyncio.Event()
+    async with asyncio.timeout(30), Bus.connect(url, name="test") as bus:
+        bus.on_disconnect(lost.set)
+        process.kill()
+        process.wait(10)
+        await lost.wait()
+        assert not bus.connected
