@@ -116,7 +116,7 @@ class Replica:
                     if refused is not None:
                         return self.fail(refused, now)
                     self._attach_from = now
-                    self.progress = Progress(phase="attaching", total_bytes=answer.checkpoint.weight_bytes)
+                    self.progress = Progress(phase="attaching")  # how far it is, nobody measures
                     self._flying("attach")
                     told = LoadProgress(deployment=self.message.slug, server_id=self._server_id, progress=self.progress)
                     return [
