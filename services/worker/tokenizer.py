@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from threading import Lock
+from types import TracebackType
 from typing import Any, Final
 
 from services.worker.ports import TextStream
@@ -25,6 +26,21 @@ _FILES: Final = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "tokenizer.model",
     "vocab.json", "merges.txt", "generation_config.json", "config.json",
 )  # fmt: skip
+
+
+class _LibraryRefuses:
+    """Within it, what the tokenizers library raises becomes a `HearthError`: it raises `Exception` itself, no subclass,
+    which would end the worker if it went on. Everything else goes on."""
+
+    def __init__(self, code: Code, message: str, param: str | None = None) -> None:
+        self._refusal = HearthError(code, message, param=param)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is Exception:
+            raise self._refusal from error
 
 
 class ModelTokenizer:
@@ -83,7 +99,8 @@ class ModelTokenizer:
         return str(self._backend.decode([token_id], skip_special_tokens=False))
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
-        return list(self._backend.encode(text, add_special_tokens=special).ids)
+        with _LibraryRefuses(Code.INVALID_REQUEST, "The model's tokenizer has no tokens for this prompt.", "prompt"):
+            return list(self._backend.encode(text, add_special_tokens=special).ids)
 
     def _render(self, prompt: ChatPrompt) -> str:
         import jinja2
@@ -96,7 +113,7 @@ class ModelTokenizer:
         ]
         try:
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except (jinja2.TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
+        except (jinja2.TemplateError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
             # What a template raises about roles and their order is written for whoever wrote the messages.
             reason = str(error) if isinstance(error, jinja2.TemplateError) else type(error).__name__
             raise HearthError(
@@ -157,7 +174,8 @@ class Tokenizers:
         self._kept: OrderedDict[tuple[Any, ...], ModelTokenizer] = OrderedDict()
 
     def load(self, directory: Path, config: Any) -> ModelTokenizer:
-        """The tokenizer of a checkpoint; `config` is the model's. Raises HearthError: UNSUPPORTED."""
+        """The tokenizer of a checkpoint; `config` is the model's. Raises HearthError: UNSUPPORTED, or
+        INVALID_CHECKPOINT."""
         key = (str(directory), *(_stamp(directory / name) for name in _FILES))
         with self._lock:
             if key in self._kept:
@@ -175,9 +193,10 @@ def _load(directory: Path, config: Any) -> ModelTokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            directory, config=config, local_files_only=True, trust_remote_code=False
-        )
+        with _LibraryRefuses(Code.UNSUPPORTED, "The checkpoint's tokenizer.json is not of a kind that is known here."):
+            tokenizer = AutoTokenizer.from_pretrained(
+                directory, config=config, local_files_only=True, trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         raise HearthError(
             Code.UNSUPPORTED, f"The checkpoint's tokenizer cannot be loaded ({type(error).__name__})."
@@ -196,7 +215,7 @@ def eos_token_ids(directory: Path, config: Any, tokenizer: Any) -> frozenset[int
     """The tokens that end a sequence: generation_config.json's, else config.json's; and the tokenizer's own.
 
     transformers' `generate()` stops at the first two only. The tokenizer's EOS is added because chat models exist whose
-    config names the base model's.
+    config names the base model's. Raises HearthError: INVALID_CHECKPOINT.
     """
     named: Any = None
     path = directory / "generation_config.json"
@@ -207,10 +226,13 @@ def eos_token_ids(directory: Path, config: Any, tokenizer: Any) -> frozenset[int
             raise HearthError(Code.INVALID_CHECKPOINT, "generation_config.json is no JSON object.") from error
     if named is None:
         named = getattr(config.get_text_config(), "eos_token_id", None)
-    ids = [named] if isinstance(named, int) else list(named or [])
-    if tokenizer.eos_token_id is not None:
-        ids.append(tokenizer.eos_token_id)
-    return frozenset(int(token_id) for token_id in ids)
+    ids = named if isinstance(named, list) else [] if named is None else [named]
+    if not all(isinstance(token_id, int) for token_id in ids):
+        raise HearthError(
+            Code.INVALID_CHECKPOINT, "The checkpoint's eos_token_id is neither a token id nor a list of them."
+        )
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return frozenset([*ids, *own])
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

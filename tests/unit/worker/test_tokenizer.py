@@ -152,3 +152,46 @@ def test_a_tokenizer_is_loaded_once_until_its_files_change(config: Any, tmp_path
     with pytest.raises(HearthError) as refused:
         kept.load(tmp_path, config)
     assert refused.value.failure.code is Code.UNSUPPORTED
+
+
+def test_a_tokenizer_that_the_library_does_not_know_is_refused(config: Any, tmp_path: Path) -> None:
+    directory = make_tokenizer(tmp_path / "tokenizer", vocab=VOCAB)
+    path = directory / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": {"type": "OfTomorrow"}}))
+    with pytest.raises(HearthError) as refused:
+        Tokenizers().load(directory, config)
+    assert refused.value.failure.code is Code.UNSUPPORTED
+
+
+def test_text_that_the_tokenizer_has_no_tokens_for_is_refused(config: Any) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"fire": 0, "hearth": 1}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=words)
+    tokenizer = ModelTokenizer(fast, vocab_tokens=2, eos_token_ids=())
+    assert tokenizer.encode_prompt(TextPrompt(text="hearth fire")) == [1, 0]
+    with pytest.raises(HearthError) as refused:
+        tokenizer.encode_prompt(TextPrompt(text="water"))
+    assert refused.value.failure.code is Code.INVALID_REQUEST
+    assert "water" not in refused.value.failure.message
+
+
+@pytest.mark.parametrize("text", ["[]", '{"eos_token_id": "end"}', '{"eos_token_id": [1, null]}', "{"])
+def test_a_generation_config_that_is_none_is_refused(config: Any, tmp_path: Path, text: str) -> None:
+    directory = make_tokenizer(tmp_path / "tokenizer", vocab=VOCAB)
+    (directory / "generation_config.json").write_text(text)
+    with pytest.raises(HearthError) as refused:
+        Tokenizers().load(directory, config)
+    assert refused.value.failure.code is Code.INVALID_CHECKPOINT
+
+
+def test_a_chat_template_that_fails_in_its_own_way_refuses_too(config: Any, tmp_path: Path) -> None:
+    for number, template in enumerate(("{{ 1 / 0 }}", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "{% for")):
+        directory = make_tokenizer(tmp_path / str(number), vocab=VOCAB)
+        (directory / "chat_template.jinja").write_text(template)
+        tokenizer = Tokenizers().load(directory, config)
+        with pytest.raises(HearthError) as refused:
+            tokenizer.encode_prompt(ChatPrompt(messages=(ChatMessage(role="user", content="hello"),)))
+        assert refused.value.failure.code is Code.INVALID_REQUEST
