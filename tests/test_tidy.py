@@ -30,7 +30,8 @@ IMPORTERS: Final[dict[str, str]] = {
     "structlog": r"shared/log\.py",
     "torch": r"services/(worker/(engine|sampling|loader|tensors|penalties|cache|attach)\w*|store/convert)\.py",
     "transformers": r"services/(worker/(engine|sampling|loader|tokenizer|attach)\w*|store/convert)\.py",
-    "huggingface_hub": r"services/store/\w+\.py",
+    # the worker: only the class of the errors that transformers raises for configs
+    "huggingface_hub": r"services/(store/\w+|worker/engine)\.py",
 }
 # Calls that make a task nobody owns.
 LOOSE_TASKS: Final = frozenset({"create_task", "gather", "ensure_future"})

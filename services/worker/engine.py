@@ -20,6 +20,7 @@ from typing import Any, Final
 
 import numpy
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch.overrides import TorchFunctionMode
 
 from services.worker.engine_sequential import SequentialStepper
@@ -34,10 +35,10 @@ PAGE_TOKENS: Final = 16  # tokens of a KV block: the unit of prefix sharing
 SLICE_TOKENS_CPU: Final = 128  # most tokens of one step; a prefill is cut into such slices, between which others decode
 SLICE_TOKENS_CUDA: Final = 1024
 PROBE_TOKENS: Final = 6
-# What the code of an architecture raises when it is run in a way that it was not made for.
+# What the code of an architecture raises when its config makes no sense, or it is run in a way it was not made for.
 FOREIGN_ERRORS: Final = (
-    ValueError, KeyError, IndexError, TypeError, AttributeError, ImportError, RuntimeError, NotImplementedError,
-    AssertionError, OSError, HearthError,
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
+    ValueError, StrictDataclassError, HearthError,
 )  # fmt: skip
 _GREEDY: Final = Sampling(temperature=0.0)
 
@@ -289,7 +290,7 @@ def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
     try:
         per_layer = 2 * find_num_key_value_heads(config) * find_head_dim(config) * dtype.itemsize
         return int(config.num_hidden_layers * per_layer)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, ZeroDivisionError) as error:
         raise HearthError(
             Code.UNSUPPORTED, f"The architecture {config.model_type} has no attention heads to cache."
         ) from error

@@ -25,7 +25,7 @@ from typing import Any, Final
 
 import torch
 
-from services.worker.engine import choose_engine, make_engine
+from services.worker.engine import FOREIGN_ERRORS, choose_engine, make_engine
 from services.worker.engine_thread import ThreadedEngine
 from services.worker.loader_memory import Image, Mappings
 from services.worker.ports import AttachTimes, DeviceFacts, Sink
@@ -40,17 +40,6 @@ DTYPES: Final[dict[str, torch.dtype]] = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 COPY_BYTES: Final = 64 << 20  # bytes of one copy to a CUDA device
-# What transformers raises for configs and checkpoints that it does not know or that are broken.
-_FOREIGN: Final = (
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    ImportError,
-    RuntimeError,
-    NotImplementedError,
-    OSError,
-)
 _WARM_TYPES: Final = ("llama", "qwen2", "qwen3", "opt", "gpt2", "mistral")
 
 
@@ -294,7 +283,7 @@ def _read(directory: Path) -> _Read:
         raise HearthError(Code.CHECKPOINT_CORRUPT, f"The manifest is malformed: {error}.") from error
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except _FOREIGN as error:
+    except FOREIGN_ERRORS as error:
         raise HearthError(
             Code.UNSUPPORTED, "config.json names no architecture that can be served without remote code."
         ) from error
@@ -322,7 +311,7 @@ def _skeleton(read: _Read) -> Any:
             # float32 is torch's default: another one would be set for the whole process, engines of other models
             # included.
             model = read.model_class._from_config(read.config, dtype=torch.float32)
-    except _FOREIGN as error:
+    except FOREIGN_ERRORS as error:
         raise HearthError(
             Code.UNSUPPORTED, f"A {read.config.model_type} model cannot be made ({type(error).__name__})."
         ) from error
@@ -397,7 +386,7 @@ def _convert(read: _Read, views: dict[str, torch.Tensor], device: torch.device) 
         )
     except torch.OutOfMemoryError:  # a RuntimeError, but not the checkpoint's fault
         raise
-    except _FOREIGN as error:
+    except FOREIGN_ERRORS as error:
         raise HearthError(
             Code.CHECKPOINT_CORRUPT, f"The checkpoint's tensors do not fit its config ({type(error).__name__})."
         ) from error

@@ -295,6 +295,31 @@ def test_a_closed_model_is_gone_even_if_it_is_a_cycle_and_has_no_image() -> None
 # ------------------------------------------------------------------------------------------------- what can be wrong
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"hidden_size": "big"},
+        {"hidden_size": -1},
+        {"hidden_act": 5},
+        {"layer_types": ["a", "b"]},
+        {"eos_token_id": ["end"]},
+        {"num_attention_heads": 0},
+        {"head_dim": 0},
+        {"pad_token_id": 99_999},
+    ],
+    ids=str,
+)
+def test_a_config_with_values_that_make_no_sense_is_refused(
+    loader: TorchLoader, llama: Path, tmp_path: Path, wrong: dict[str, Any]
+) -> None:
+    directory = shutil.copytree(llama, tmp_path / "model")
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+    with pytest.raises(HearthError) as refused:
+        tokens_through(loader, make_lease(directory, tmp_path / "pool"))
+    assert refused.value.failure.code is Code.UNSUPPORTED
+
+
 def test_a_device_that_is_full_is_no_corrupt_checkpoint(
     loader: TorchLoader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
