@@ -26,6 +26,7 @@ from shared.contracts.residency import Done, Renewed
 from shared.errors import Code, Failure
 
 CLAIM_RETRIES_S: Final = (0.2, 0.5, 1.0)
+GATEWAY_AWAY_S: Final = 3.0  # until a request whose gateway does not answer is handed out again
 # The gateway ends a request whose budget is spent; the worker does so itself only if no cancel has come by then.
 BUDGET_GRACE_S: Final = 2.0
 
@@ -351,6 +352,9 @@ class WorkerCore:
                     run.tries += 1
                     self._retries[token] = run
                     return []
+                if run.delivery < self.limits.max_deliveries:
+                    # It may be cut off and come back: the request goes back to the queue for a while.
+                    return [e.Nak(token, GATEWAY_AWAY_S), *self._over(run, answer.code.value, now)]
                 # The gateway is dead, and its clients' connections with it: nobody waits.
                 return [e.Ack(token), *self._over(run, answer.code.value, now)]
             case Claimed():

@@ -221,9 +221,10 @@ class Ack:
 
 @dataclass(frozen=True, slots=True)
 class Nak:
-    """The queue shall hand this request out again."""
+    """The queue shall hand this request out again, after `delay_s` seconds."""
 
     token: str
+    delay_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -213,7 +213,7 @@ class WorkerShell:
             case e.Ack():
                 bus.ack(action.token)
             case e.Nak():
-                bus.nak(action.token)
+                bus.nak(action.token, action.delay_s)
             case e.InProgress():
                 for token in action.tokens:
                     bus.in_progress(token)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import pytest
 import pytest_asyncio
 
@@ -153,7 +154,7 @@ async def test_a_request_whose_client_left_before_the_claim_leaves_the_queue(
 
 
 async def test_a_request_of_a_gateway_that_died_leaves_the_queue(settings: WorkerSettings, operator: Operator) -> None:
-    async with worker(settings):
+    async with worker(msgspec.structs.replace(settings, max_deliveries=2)):
         await operator.load("w1")
         await operator.ask("q1", gateway_id="nobody")
         await operator.until_outstanding(0)
