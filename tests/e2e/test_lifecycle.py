@@ -39,7 +39,9 @@ def test_a_cold_stream_opens_at_once_and_ends_with_its_ledger(cluster: Cluster, 
     assert raw.rstrip().endswith("data: [DONE]")
     ledger = next(event["hearth"] for event in events if event.get("hearth"))
     assert ledger["cold"] is True
-    assert ledger["tier"] in ("ssd", "dram")
+    # "remote" if the server that imported it was full of other tests' models: the other one imports it as well.
+    assert ledger["tier"] in ("ssd", "dram", "remote")
+    assert (ledger["import_s"] > 0) == (ledger["tier"] == "remote")
     assert ledger["attach_s"] > 0
     # What follows is warm.
     status, body = cluster.call(
