@@ -15,7 +15,7 @@ from shared.settings import WorkerSettings
 
 # The engine's thread and the event loop share the interpreter: a loop that has a token to send waits for at most this
 # long (CPython's default is 5 ms) until a computing thread lets go.
-SWITCH_INTERVAL_S: Final = 0.001
+SWITCH_INTERVAL_S: Final = 0.0001
 DRAM_SHARE: Final = 1 / 8
 DEVICE_SHARE: Final = 0.9
 
