@@ -19,6 +19,7 @@ S = TypeVar("S", bound="CommonSettings")
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 Bytes = Annotated[int, msgspec.Meta(ge=0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
+Fraction = Annotated[float, msgspec.Meta(gt=0, le=1)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Id = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{0,64}$")]
 
@@ -128,8 +129,39 @@ class StoreSettings(CommonSettings, frozen=True, kw_only=True):
     dram_bytes: Annotated[Bytes, _doc("size of the DRAM pool in bytes; 0: 1/8 of memory, at most 1 GiB")] = 0
     ssd_bytes: Annotated[Bytes, _doc("capacity of the SSD tier in bytes; 0: 9/10 of what is free at start")] = 0
     chunk_bytes: Annotated[Count, _doc("bytes of a chunk, the unit of I/O; a multiple of 4096")] = 16 * 2**20
-    io_threads: Annotated[Count, _doc("threads that read chunks")] = 4
-    verify_loads: Annotated[bool, _doc("verify checksums when loading from SSD (always done on import)")] = True
+    io_threads: Annotated[
+        int, msgspec.Meta(ge=0, le=64), _doc("threads that read chunks; 0: what was fastest when the disk was measured")
+    ] = 0
+    io_block_bytes: Annotated[
+        Bytes, _doc("bytes of one direct read, a multiple of 4096; 0: what was fastest when the disk was measured")
+    ] = 0
+    verify_loads: Annotated[bool, _doc("verify checksums when loading from SSD (always done on arrival)")] = True
+    scrub_interval_s: Annotated[
+        float, msgspec.Meta(ge=0), _doc("seconds within which every stored checkpoint is read and verified; 0: never")
+    ] = 7 * 86400.0
+    scrub_bytes_per_s: Annotated[Count, _doc("most bytes per second that scrubbing reads")] = 50 * 10**6
+    keep_pool: Annotated[bool, _doc("leave the DRAM pool behind at the end, for the next life of this store")] = True
+    dram_high: Annotated[Fraction, _doc("part of the DRAM pool above which checkpoints are evicted ahead of need")] = (
+        1.0
+    )
+    dram_low: Annotated[Fraction, _doc("part of the DRAM pool down to which they are then evicted")] = 1.0
+    ssd_high: Annotated[Fraction, _doc("part of the SSD tier above which checkpoints are evicted ahead of need")] = 0.95
+    ssd_low: Annotated[Fraction, _doc("part of the SSD tier down to which they are then evicted")] = 0.9
+    sources: Annotated[
+        str, _doc("comma-separated patterns of the sources that may be imported, such as /models/*,s3://bucket/*,hf:*")
+    ] = "/*,hf:*,s3://*,gs://*,az://*"
+    max_checkpoint_bytes: Annotated[
+        Bytes, _doc("largest checkpoint that is imported, in bytes; 0: what the tier holds")
+    ] = 0
+    remote_config: Annotated[
+        str, _doc("JSON file that maps the beginning of a url to options of its object store; empty: environment only")
+    ] = ""
+    fetch_connections: Annotated[Count, _doc("ranges that are fetched at once from remote sources and peers")] = 8
+    peer_host: Annotated[str, _doc("address on which this store serves chunks to other stores")] = "127.0.0.1"
+    peer_port: Annotated[Port, _doc("port on which this store serves chunks to other stores; 0: any free one")] = 0
+    peer_url: Annotated[str, _doc("where other stores reach this one; empty: http:// with the two above")] = ""
+    peer_token: Annotated[str, _doc("secret that the stores of a cluster share; empty: chunks are not served")] = ""
+    peer_token_file: Annotated[str, _doc("file that holds the secret, instead of the variable")] = ""
 
     @property
     def own_id(self) -> str:

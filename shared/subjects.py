@@ -15,18 +15,26 @@ from shared.contracts.placement import Delete, Deploy, Deployed, Deploying, Load
 from shared.contracts.requests import Cancel, Claim, Claimed, Demand, Gone, Request
 from shared.contracts.residency import (
     Acquire,
+    CheckpointList,
+    Consumed,
     Done,
     Evict,
+    Export,
     Import,
     Imported,
     Inspect,
     Inspected,
     Lease,
+    ListCheckpoints,
     LoadProgress,
+    Pin,
+    Prefetch,
     Progress,
     Release,
     Renew,
     Renewed,
+    Verified,
+    Verify,
 )
 
 M = TypeVar("M")
@@ -115,6 +123,20 @@ ACQUIRE: Final[Endpoint[Acquire, Progress | Lease]] = Endpoint(
 RENEW: Final[Endpoint[Renew, Renewed]] = Endpoint("v1.store.{server_id}.renew", Renew, (Renewed,), 2.0)
 RELEASE: Final = Topic("v1.store.{server_id}.release", Release)
 EVICT: Final[Endpoint[Evict, Done]] = Endpoint("v1.store.{server_id}.evict", Evict, (Done,), 5.0)
+CONSUMED: Final = Topic("v1.store.{server_id}.consumed", Consumed)
+PREFETCH: Final[Endpoint[Prefetch, Progress | Done]] = Endpoint(
+    "v1.store.{server_id}.prefetch", Prefetch, (Progress, Done), 5.0
+)
+PIN: Final[Endpoint[Pin, Done]] = Endpoint("v1.store.{server_id}.pin", Pin, (Done,), 5.0)
+VERIFY: Final[Endpoint[Verify, Progress | Verified]] = Endpoint(
+    "v1.store.{server_id}.verify", Verify, (Progress, Verified), 5.0
+)
+EXPORT: Final[Endpoint[Export, Progress | Done]] = Endpoint(
+    "v1.store.{server_id}.export", Export, (Progress, Done), 5.0
+)
+LIST: Final[Endpoint[ListCheckpoints, CheckpointList]] = Endpoint(
+    "v1.store.{server_id}.list", ListCheckpoints, (CheckpointList,), 5.0
+)
 LOAD_PROGRESS: Final = Topic("v1.progress.{slug}", LoadProgress)
 
 # -- hints and history
@@ -123,5 +145,5 @@ EVENTS: Final = Topic("v1.events.{service}", ClusterEvent)
 
 CONVERSATIONS: Final[tuple[Topic[Any] | Endpoint[Any, Any] | WorkQueue[Any], ...]] = (
     REQUESTS, DEMAND, CLAIM, FRAMES, CANCEL, DEPLOY, DELETE, LOAD, STOP, REPLICA_FAILED, INSPECT, IMPORT, ACQUIRE,
-    RENEW, RELEASE, EVICT, LOAD_PROGRESS, RECORD_CHANGED, EVENTS,
+    RENEW, RELEASE, EVICT, CONSUMED, PREFETCH, PIN, VERIFY, EXPORT, LIST, LOAD_PROGRESS, RECORD_CHANGED, EVENTS,
 )  # fmt: skip

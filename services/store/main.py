@@ -76,7 +76,7 @@ async def serve(context: Context[StoreSettings]) -> None:
                 context,
                 core,
                 tier,
-                ChunkReader(pool.memory, threads=settings.io_threads),
+                ChunkReader(pool.memory, threads=settings.io_threads or 4),
                 Importer(tier, Hub(), chunk_bytes=settings.chunk_bytes),
             )
             try:

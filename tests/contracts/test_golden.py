@@ -40,6 +40,7 @@ def test_every_tagged_message_has_an_example_with_all_fields_set(kind: type[msgs
     for field in msgspec.structs.fields(kind):
         if not field.required and field.name not in ("usage", "ledger"):
             assert getattr(example, field.name) != field.default, field.name
+            assert getattr(example, field.name) not in ({}, ()), field.name
 
 
 @pytest.mark.parametrize("name", sorted(BY_NAME))
@@ -53,7 +54,10 @@ def assert_understood(decoded: object, example: object, default: object, path: s
     if isinstance(decoded, msgspec.Struct) and type(decoded) is type(example):
         for field in msgspec.structs.fields(type(decoded)):
             mine, theirs = getattr(decoded, field.name), getattr(example, field.name)
-            assert_understood(mine, theirs, field.default, f"{path}.{field.name}")
+            default = field.default
+            if field.default_factory is not msgspec.NODEFAULT:
+                default = field.default_factory()
+            assert_understood(mine, theirs, default, f"{path}.{field.name}")
     else:
         assert decoded in (example, default), path
 
