@@ -13,8 +13,8 @@ Progressed = Callable[[int, int], None]
 class SourceTree(Protocol):
     """The files of a source at one revision, with random access.
 
-    Thread-safe. Every method blocks and raises `HearthError`: checkpoint_unavailable (the world's fault, worth a later try),
-    invalid_checkpoint (a file is shorter than it was), forbidden, not_found, draining.
+    Thread-safe. Every method blocks and raises `HearthError`: checkpoint_unavailable (the world's fault, worth a
+    later try), invalid_checkpoint (a file is shorter than it was), forbidden, not_found, draining.
     """
 
     @property

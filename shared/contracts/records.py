@@ -78,9 +78,9 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True, tag="server_record
     """A server as its store sees it. Residency maps checkpoint id → bytes present and verified in that tier.
 
     The DRAM pool is given out in whole chunks of `chunk_bytes` (0: unknown); `dram_used_bytes` and `leased_bytes`, the
-    bytes that cannot be evicted now, count such chunks. `loads` are the loads queued or running, `load_queue_bytes` what
-    they have yet to move and `load_drain_s` the seconds that this will take (None: unknown). The bandwidths, SSD → DRAM,
-    remote → here and peer → here, are measured from real transfers, None before the first one.
+    bytes that cannot be evicted now, count such chunks. `loads` are the loads queued or running, `load_queue_bytes`
+    what they have yet to move and `load_drain_s` the seconds that this will take (None: unknown). The bandwidths, SSD
+    → DRAM, remote → here and peer → here, are measured from real transfers, None before the first one.
 
     `dram_arriving` and `ssd_arriving` map a checkpoint on its way to the bytes of it that have arrived. `pinned` maps
     to the tier, `quarantined` to the reason. `segment` is the pool's path, for workers to map ahead of need; `peer_url`

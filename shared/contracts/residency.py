@@ -18,9 +18,9 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Where a checkpoint comes from and what it shall become.
 
     `url` is an absolute directory, `hf:ORG/NAME`, or a directory of an object store: `s3://`, `gs://`, `az://`,
-    `https://`, `http://`, `file://`. It holds a checkpoint in Hugging Face's form, which is converted, or one in Hearth's (a
-    `hearth.json` is there), which is copied chunk by chunk. `dtype` casts floating-point tensors ("float32", "bfloat16",
-    "float16") or is None to keep what is there.
+    `https://`, `http://`, `file://`. It holds a checkpoint in Hugging Face's form, which is converted, or one in
+    Hearth's (a `hearth.json` is there), which is copied chunk by chunk. `dtype` casts floating-point tensors
+    ("float32", "bfloat16", "float16") or is None to keep what is there.
     """
 
     url: str
@@ -117,10 +117,10 @@ class Arrival(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     chunk being `chunk_bytes` of the segment. The bytes in a chunk are there and verified when its word equals
     `arrival_word(tag, turn)`; they will not come when it equals `arrival_word(tag, FAILED_TURN)`.
 
-    `window_chunks` is 0 for an image that lies in the extents as a whole (turn 0). Otherwise the image is larger than the
-    pool and streams through the extents, which have `window_chunks` chunks: chunk k of the image (`chunk_bytes` each)
-    comes into chunk k mod `window_chunks` of the extents on turn k div `window_chunks`, and is overwritten `window_chunks` chunks
-    later, when the holder has said `Consumed`.
+    `window_chunks` is 0 for an image that lies in the extents as a whole (turn 0). Otherwise the image is larger than
+    the pool and streams through the extents, which have `window_chunks` chunks: chunk k of the image (`chunk_bytes`
+    each) comes into chunk k mod `window_chunks` of the extents on turn k div `window_chunks`, and is overwritten
+    `window_chunks` chunks later, when the holder has said `Consumed`.
     """
 
     tag: int
@@ -134,7 +134,7 @@ FAILED_TURN: Final = 0xFFFFFFFE
 
 
 def arrival_word(tag: int, turn: int) -> int:
-    """The word on the board: tag (1 … 2³¹ − 1, one per load of a store) and turn (from 0) in 64 bits; 0 is "not yet"."""
+    """The word on the board: `tag` (1 … 2³¹ − 1, one per load) and `turn` (from 0) in 64 bits; 0 means "not yet"."""
     return (tag << 32) | (turn + 1)
 
 
@@ -163,7 +163,7 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True, tag="lease", omit_default
 
 
 class Consumed(msgspec.Struct, frozen=True, kw_only=True, tag="consumed"):
-    """A holder has taken the first `chunks` chunks of an image that streams through a window: they may be overwritten."""
+    """A holder has taken the first `chunks` chunks of an image that streams through a window; they may go."""
 
     holder: str
     lease_id: str
@@ -221,7 +221,7 @@ class Pin(msgspec.Struct, frozen=True, kw_only=True, tag="pin", omit_defaults=Tr
 
 
 class Verify(msgspec.Struct, frozen=True, kw_only=True, tag="verify", omit_defaults=True):
-    """Read a checkpoint in the SSD tier and compare every chunk with its checksum (long poll), repairing what differs."""
+    """Read a checkpoint in the SSD tier, compare every chunk with its checksum, repair what differs (long poll)."""
 
     checkpoint_id: str
     wait_s: float = 1.0
@@ -250,8 +250,8 @@ class HeldCheckpoint(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """A checkpoint as its store sees it. Bytes are those that have arrived and are verified, of `image_bytes`.
 
     `uses_per_hour` is the decayed rate of acquires, `bring_back_s` what it would take to have it in DRAM again if it
-    were evicted from there (None: unknown), `idle_s` the time since the last acquire (None: none in this life of the store).
-    `quarantined` is the reason why it is not used.
+    were evicted from there (None: unknown), `idle_s` the time since the last acquire (None: none in this life of the
+    store). `quarantined` is the reason why it is not used.
     """
 
     checkpoint: Checkpoint
@@ -287,7 +287,8 @@ class LoadProgress(msgspec.Struct, frozen=True, kw_only=True, tag="load_progress
 
 
 __all__ = [
-    "FAILED_TURN", "Acquire", "Arrival", "Checkpoint", "CheckpointList", "Consumed", "Done", "Evict", "Export", "Extent",
-    "Failure", "HeldCheckpoint", "Import", "Imported", "Inspect", "Inspected", "Lease", "ListCheckpoints", "LoadProgress",
-    "Pin", "Prefetch", "Progress", "Release", "Renew", "Renewed", "Source", "Verified", "Verify", "arrival_word",
+    "FAILED_TURN", "Acquire", "Arrival", "Checkpoint", "CheckpointList", "Consumed", "Done", "Evict", "Export",
+    "Extent", "Failure", "HeldCheckpoint", "Import", "Imported", "Inspect", "Inspected", "Lease", "ListCheckpoints",
+    "LoadProgress", "Pin", "Prefetch", "Progress", "Release", "Renew", "Renewed", "Source", "Verified", "Verify",
+    "arrival_word",
 ]  # fmt: skip
