@@ -10,10 +10,11 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Final, TypeAlias, assert_never
+from typing import Any, Final, TypeAlias
 
 from services.store.allocator import Allocator
 from services.store.events import (
+    PRIORITY_USER,
     AcquireAsked,
     Action,
     Answer,
@@ -261,15 +262,15 @@ class Residency:
                 self._import_done(event, now, actions)
             case ImportFailed(source, failure):
                 self._import_failed(source, failure, now, actions)
-            case ReadProgressed(checkpoint_id, done_bytes):
-                load = self._loads.get(checkpoint_id)
+            case ReadProgressed(job, done_bytes):
+                load = self._loads.get(job)
                 if load is not None and load.reading:
                     load.done_bytes = max(load.done_bytes, done_bytes)
                     self._publish(load, self._load_progress(load, now), now, actions)
             case ReadDone():
                 self._read_done(event, now, actions)
-            case ReadFailed(checkpoint_id, failure):
-                self._read_failed(checkpoint_id, failure, now, actions)
+            case ReadFailed(job, failure):
+                self._read_failed(job, failure, now, actions)
             case CheckpointRemoved(checkpoint_id, removal_failure):
                 self._removed(checkpoint_id, removal_failure, actions)
             case BusLost():
@@ -282,7 +283,7 @@ class Residency:
             case DrainAsked():
                 self._drain(actions)
             case _:
-                assert_never(event)
+                raise AssertionError(f"{event} is not handled")
         self._expire(now, actions)
         self._answer_late(now, actions)
         self._start_work(now, actions)
@@ -666,7 +667,7 @@ class Residency:
                 job.reserved_bytes = job.peak_bytes
                 job.started_at = now
                 job.removed_meanwhile.clear()
-                actions.append(RunImport(source, job.revision))
+                actions.append(RunImport(source, job.revision, job="import", priority=PRIORITY_USER))
                 self._publish(job, self._import_progress(job, now), now, actions)
         while self._loads:
             id, load = next(iter(self._loads.items()))
@@ -684,13 +685,13 @@ class Residency:
             load.reading = True
             load.blocked_until = None
             load.started_at = now
-            actions.append(ReadImage(self._ssd[id].stored, room))
+            actions.append(ReadImage(self._ssd[id].stored, room, job=id, priority=PRIORITY_USER, tag=0))
             self._publish(load, self._load_progress(load, now), now, actions)
             actions.append(TouchRecord())
             return
 
     def _read_done(self, event: ReadDone, now: float, actions: list[Action]) -> None:
-        id = event.checkpoint_id
+        id = event.job
         load = self._loads.get(id)
         if load is None or not load.reading:
             return

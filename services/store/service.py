@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar, assert_never
+from typing import Any, Final, TypeVar
 
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -166,7 +166,7 @@ class StoreService:
             case InspectSource() | PlanImport() | RunImport() | ReadImage() | RemoveCheckpoint():
                 raise AssertionError(f"{action} is no tell")
             case _:
-                assert_never(action)
+                raise AssertionError(f"{action} is not carried out")
 
     async def _do(self, action: Action) -> Event | None:
         match action:
