@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Final
 
 from services.cli import servers
-from services.cli.logview import size
 from shared.settings import SERVICES, SettingsError, load
+from shared.sizes import size
 
 MOST_DRAM_BYTES: Final = 2**30
 LEAST_DRAM_BYTES: Final = 64 * 2**20

@@ -11,9 +11,9 @@ from typing import Any, Final
 import msgspec
 
 from services.cli.client import Client, ClientError, run
-from services.cli.logview import size
 from shared.contracts.records import DeploymentRecord, DeploymentSpec
 from shared.contracts.residency import Progress
+from shared.sizes import size
 
 # Option → field of the spec; `source`, `revision` and `dtype` are its source.
 OPTIONS: Final = {

@@ -7,6 +7,8 @@ import json
 from dataclasses import dataclass
 from typing import Any, Final
 
+from shared.sizes import size
+
 LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "warn": 30, "error": 40, "critical": 50, "exception": 40}
 # Facts that are shown elsewhere in the line, or that say nothing to a person.
 SHOWN_ELSEWHERE: Final = frozenset({"service", "id", "module", "level", "event", "timestamp", "exception", "logger"})
@@ -79,19 +81,10 @@ def _value(key: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int) and key.endswith("_bytes"):
-        return size(value)
+        return size(value).replace(" ", "")
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     if len(text) > VALUE_CHARACTERS:
         text = text[: VALUE_CHARACTERS - 1] + "…"
     return json.dumps(text, ensure_ascii=False) if " " in text or text == "" else text
-
-
-def size(count: float) -> str:
-    """Bytes for people, in powers of 1024: 512B, 1.5MiB, 12GiB."""
-    units = ["TiB", "GiB", "MiB", "KiB", "B"]
-    while abs(count) >= 1024 and len(units) > 1:
-        count /= 1024
-        units.pop()
-    return f"{count:.0f}{units[-1]}" if units[-1] == "B" or count >= 99.5 else f"{count:.3g}{units[-1]}"

@@ -14,8 +14,8 @@ from rich.text import Text
 
 from services.cli.client import Client, run
 from services.cli.deploy import amount, parameters
-from services.cli.logview import size
 from shared.contracts.records import ClusterView, DeploymentRecord, ReplicaState
+from shared.sizes import size
 
 REFRESH_S: Final = 1.0
 

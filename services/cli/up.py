@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 from services.cli import logview, servers
 from services.cli.children import Child
 from services.cli.cluster import ChildPlan, DataDir, Plan, UpError, Wish, check_port, make
+from shared.sizes import size
 
 if TYPE_CHECKING:
     from shared.contracts.records import DeploymentSpec
@@ -270,7 +271,7 @@ def banner(plan: Plan, names: list[str], *, ready_s: float) -> str:
     lines = [
         "",
         f"  Hearth answers at {url}",
-        f"  ready after {ready_s:.1f} s · {_plural(wish.servers, 'server')} with {logview.size(plan.dram_bytes)} DRAM, "
+        f"  ready after {ready_s:.1f} s · {_plural(wish.servers, 'server')} with {size(plan.dram_bytes)} DRAM, "
         f"{_plural(workers, 'worker')} · data and logs in {wish.data_dir}",
         "",
     ]

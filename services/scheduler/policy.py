@@ -16,6 +16,7 @@ from services.scheduler.autoscale import Victim
 from services.scheduler.cluster import Cluster, Need, Occupancy
 from shared.contracts.records import Phase, ServerRecord, WorkerRecord
 from shared.errors import Code, Failure
+from shared.sizes import size
 
 TIERS: Final = ("dram", "ssd", "remote")  # fastest first; "remote" is where the source is
 
@@ -260,13 +261,3 @@ def _make_room(
 def count(number: int, noun: str) -> str:
     """ "1 replica", "2 replicas"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def size(size_bytes: int) -> str:
-    """Bytes for people."""
-    value = float(size_bytes)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} GiB"

@@ -81,8 +81,8 @@ def test_what_is_no_deployment_is_told(options: dict[str, object], document: obj
 
 def test_amounts_leave_out_what_is_not_known() -> None:
     assert amount(Progress(phase="queued")) == ""
-    assert amount(Progress(phase="reading", done_bytes=2**20, total_bytes=2**22)) == "1MiB of 4MiB"
-    assert amount(Progress(phase="reading", done_bytes=0, total_bytes=2**10, eta_s=3.2)) == "0B of 1KiB, 3 s left"
+    assert amount(Progress(phase="reading", done_bytes=2**20, total_bytes=2**22)) == "1 MiB of 4 MiB"
+    assert amount(Progress(phase="reading", done_bytes=0, total_bytes=2**10, eta_s=3.2)) == "0 B of 1 KiB, 3 s left"
 
 
 def test_numbers_of_parameters() -> None:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from services.cli.logview import LEVELS, Line, read, render, size, wanted
+from services.cli.logview import LEVELS, Line, read, render, wanted
 
 RECORD = {
     "service": "worker",
@@ -66,14 +66,6 @@ def test_values_with_spaces_are_quoted_and_long_ones_cut() -> None:
 )
 def test_what_a_person_wants_to_see(event: str, level: str, plain: bool, verbose: bool, shown: bool) -> None:
     assert wanted(Line(0.0, LEVELS[level], event, {}), plain=plain, verbose=verbose) is shown
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0B"), (512, "512B"), (1024, "1KiB"), (1536 * 1024, "1.5MiB"), (2**30, "1GiB"), (2**50, "1024TiB")],
-)
-def test_sizes(count: int, text: str) -> None:
-    assert size(count) == text
 
 
 def test_colours_are_escape_sequences_round_the_same_words() -> None:

@@ -70,10 +70,10 @@ def test_everything_fits_into_100_columns() -> None:
     )  # fmt: skip
     text = shown(view)
     assert max(len(line) for line in text.splitlines()) <= 100
-    assert "reading 1MiB of 4MiB" in text
+    assert "reading 1 MiB of 4 MiB" in text
     assert "not imported" in text and "nowhere yet" in text
     rows = [line for line in text.splitlines() if line.startswith("demo ")]
-    assert len(rows) == 1 and "4.2 M float32, 12MiB" in rows[0] and " 7 " in rows[0]
+    assert len(rows) == 1 and "4.2 M float32, 12 MiB" in rows[0] and " 7 " in rows[0]
 
 
 def test_nothing_is_said_in_words() -> None:

@@ -399,7 +399,7 @@ def test_a_model_for_which_no_server_is_large_enough_fails_after_some_patience()
     failure = desk.deployments["m"].failure
     assert failure is not None
     assert failure.code is Code.TOO_LARGE
-    assert "100.0 MiB" in failure.message
+    assert "100 MiB" in failure.message
 
 
 def test_a_restarted_scheduler_knows_the_replicas_that_run() -> None:
