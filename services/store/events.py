@@ -54,6 +54,7 @@ class StoredCheckpoint:
 
     `arrived_bytes` is less than `image_bytes` for one whose fetch was interrupted: it takes its room, is no copy yet,
     and a fetch of the same checkpoint goes on from there. `quarantined` is why a corrupt one is kept but not used.
+    `chunk_bytes` is the manifest's chunk (0: unknown, then no lease is given on bytes that are still arriving).
     """
 
     checkpoint: Checkpoint
@@ -64,6 +65,7 @@ class StoredCheckpoint:
     revision: str = ""
     arrived_bytes: int | None = None
     quarantined: str = ""
+    chunk_bytes: int = 0
 
     @property
     def id(self) -> str:

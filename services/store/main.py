@@ -69,7 +69,6 @@ async def serve(context: Context[StoreSettings]) -> None:
                 segment=str(pool.path),
                 allocator=Allocator(chunk_bytes=settings.chunk_bytes, chunk_count=chunk_count),
                 ssd_capacity_bytes=ssd_bytes,
-                chunk_bytes=settings.chunk_bytes,
                 stored=stored,
             )
             service = StoreService(

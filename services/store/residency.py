@@ -7,7 +7,7 @@ work on one tier shares that tier's bandwidth; equal work is done once however m
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Final, TypeAlias
@@ -50,6 +50,7 @@ from services.store.events import (
     TouchRecord,
 )
 from services.store.manifest import trim_extents
+from services.store.pool_state import PoolState
 from shared.contracts.records import Phase, ServerRecord
 from shared.contracts.residency import (
     Acquire,
@@ -185,7 +186,20 @@ def trim(
 
 
 class Residency:
-    """The store's core. `nonce` makes the lease ids of one life of the store unique; `segment` is the pool's path."""
+    """The store's core. The constructor's parameters:
+
+    * `nonce` makes lease ids unique (the pool's, when it outlives the store: `restored` goes on counting); `segment`
+      is the pool's path, `segment_bytes` its size with the board, `board_offset` where the board begins (0: there is
+      none, and nobody is given a lease on bytes that are still arriving).
+    * `stored` is what the SSD tier's directory holds, least recently used first: whole checkpoints, partial ones
+      (`arrived_bytes` is set) and quarantined ones.
+    * `restored` is what an earlier life left in the pool; `pins` maps checkpoint id → tier ("dram" or "ssd").
+    * Above `dram_high` (a fraction of the tier) copies are evicted ahead of need down to `dram_low`; so for the SSD.
+    * Every stored checkpoint is verified once in `scrub_interval_s` seconds (0: never), at `scrub_bytes_per_s`.
+
+    Its clock starts with the first call of `handle`: `deadline()` asks for that at once when there is work from an
+    earlier life (leases to renew, pinned checkpoints to bring back).
+    """
 
     def __init__(
         self,
@@ -195,8 +209,18 @@ class Residency:
         segment: str,
         allocator: Allocator,
         ssd_capacity_bytes: int,
-        chunk_bytes: int,
+        segment_bytes: int = 0,
+        board_offset: int = 0,
         stored: Iterable[StoredCheckpoint] = (),
+        restored: PoolState | None = None,
+        pins: Mapping[str, str] | None = None,
+        peer_url: str = "",
+        dram_high: float = 1.0,
+        dram_low: float = 1.0,
+        ssd_high: float = 1.0,
+        ssd_low: float = 1.0,
+        scrub_interval_s: float = 0.0,
+        scrub_bytes_per_s: int = 0,
     ) -> None:
         self.server_id = server_id
         self.ssd_capacity_bytes = ssd_capacity_bytes
@@ -205,7 +229,7 @@ class Residency:
         self._nonce = nonce
         self._segment = segment
         self._allocator = allocator
-        self._chunk_bytes = chunk_bytes
+        self._chunk_bytes = allocator.chunk_bytes
         self._ssd: dict[str, _OnSsd] = {}
         self._removing: dict[str, int] = {}  # id → bytes that are not free yet
         self._evictions: dict[str, list[ReplyHandle]] = {}  # who waits for a removal

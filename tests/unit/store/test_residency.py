@@ -100,7 +100,6 @@ class Desk:
             segment="/dev/shm/x",
             allocator=Allocator(chunk_bytes=CHUNK, chunk_count=dram_chunks),
             ssd_capacity_bytes=ssd_bytes,
-            chunk_bytes=CHUNK,
             stored=known,
         )
         self.answers: dict[str, list[Any]] = {}
