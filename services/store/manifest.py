@@ -15,11 +15,12 @@ from typing import Final
 
 import msgspec
 
-from shared.contracts.manifest import FORMAT_VERSION, PAGE_BYTES, Manifest, TensorEntry, padded_bytes
+from shared.contracts.manifest import FORMAT_VERSION, MANIFEST_NAME, PAGE_BYTES, Manifest, TensorEntry, padded_bytes
 from shared.contracts.residency import Extent
 from shared.errors import Code, HearthError
 
-# Bits per element and torch's name, by safetensors' dtype name.
+# Bits per element and torch's name, by safetensors' dtype name: every dtype that safetensors 0.8 knows. Torch has no F6
+# yet.
 DTYPES: Final[dict[str, tuple[int, str]]] = {
     "F64": (64, "float64"),
     "F32": (32, "float32"),
@@ -27,7 +28,11 @@ DTYPES: Final[dict[str, tuple[int, str]]] = {
     "BF16": (16, "bfloat16"),
     "F8_E4M3": (8, "float8_e4m3fn"),
     "F8_E5M2": (8, "float8_e5m2"),
+    "F8_E4M3FNUZ": (8, "float8_e4m3fnuz"),
+    "F8_E5M2FNUZ": (8, "float8_e5m2fnuz"),
     "F8_E8M0": (8, "float8_e8m0fnu"),
+    "F6_E2M3": (6, "float6_e2m3fn"),
+    "F6_E3M2": (6, "float6_e3m2fn"),
     "F4": (4, "float4_e2m1fn_x2"),
     "C64": (64, "complex64"),
     "I64": (64, "int64"),
@@ -45,11 +50,22 @@ CASTS: Final = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 ALIGNMENT_BYTES: Final = 64  # of every tensor whose size allows it: a cache line, and enough for any vector load
 HEADER_LIMIT_BYTES: Final = 100_000_000  # the safetensors library's own limit
+MANIFEST_LIMIT_BYTES: Final = 256 * 2**20
+CHUNK_LIMIT_BYTES: Final = 2**30  # a chunk is held in memory
+NUMBER_LIMIT: Final = 2**53  # of bytes, elements, parameters: what JSON carries exactly, and far more than any disk has
+_DIMENSIONS_LIMIT: Final = 64  # torch's
 
 _ID: Final = re.compile(r"[0-9a-f]{32}")
+_CHECKSUM: Final = re.compile(r"[0-9a-f]{16}")
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+# A name that stands for a file of the same directory on any filesystem, and is not hidden.
+_FILE_NAME: Final = re.compile(r"[^./\\\0-\x1f\x7f\ud800-\udfff][^/\\\0-\x1f\x7f\ud800-\udfff]{0,199}")
 _TEXT: Final = re.compile(
     "[^\ud800-\udfff]{1,1024}", re.DOTALL
 )  # JSON can spell half characters; UTF-8 cannot hold them
+
+
+_LONG_TEXT: Final = re.compile("[^\ud800-\udfff]{1,4096}", re.DOTALL)
 
 
 def corrupt(message: str) -> HearthError:
@@ -82,33 +98,40 @@ def header_bytes(first: bytes, file_bytes: int, name: str) -> int:
     return length
 
 
+_HEADER: Final = msgspec.json.Decoder(dict[str, dict[str, str | list[int]]])
+
+
 def parse_header(header: bytes, file_bytes: int, name: str) -> dict[str, HeaderTensor]:
-    """The tensors of a safetensors file in the order of their data. Raises `invalid_checkpoint` with the reason."""
+    """The tensors of a safetensors file in the order of their data. Raises `invalid_checkpoint` with the reason.
+
+    The types are checked while the JSON is decoded, so that a hostile header is refused at its first wrong value.
+    """
     try:
-        table = json.loads(header)
-    except (ValueError, RecursionError) as error:
-        raise corrupt(f"{name} has a malformed safetensors header: {error}") from error
-    if not isinstance(table, dict):
-        raise corrupt(f"{name} has a malformed safetensors header: it is no table.")
+        table = _HEADER.decode(header)
+        refuse_duplicates(header)
+    except FOREIGN_JSON_ERRORS as error:
+        raise corrupt(f"{name} has a malformed safetensors header: {error}.") from error
     start = 8 + len(header)
     tensors: dict[str, HeaderTensor] = {}
     for key, entry in table.items():
         if key == "__metadata__":
+            if not all(isinstance(value, str) for value in entry.values()):
+                raise corrupt(f"{name} has a malformed safetensors header: its metadata is more than text.")
             continue
-        try:
-            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            numbers = (*shape, begin, end)
-        except (TypeError, KeyError, ValueError) as error:
-            raise corrupt(f"{name} has a malformed entry for tensor {key!r}.") from error
         if not _TEXT.fullmatch(key):
-            raise corrupt(f"{name} has a tensor whose name is no text: {key!r}.")
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise HearthError(Code.UNSUPPORTED, f"{name}: tensor {key!r} has the unknown dtype {dtype!r}.")
-        if any(type(number) is not int or number < 0 for number in numbers):
+            raise corrupt(f"{name} has a tensor whose name is no text of at most 1024 characters.")
+        dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+        if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(offsets, list):
             raise corrupt(f"{name} has a malformed entry for tensor {key!r}.")
-        if end - begin != tensor_bytes(dtype, shape):
-            raise corrupt(f"{name}: tensor {key!r} of shape {list(shape)} does not fit into {end - begin} bytes.")
-        tensors[key] = HeaderTensor(dtype=dtype, shape=shape, offset=start + begin, bytes=end - begin)
+        if dtype not in DTYPES:
+            raise HearthError(Code.UNSUPPORTED, f"{name}: tensor {key!r} has the unknown dtype {dtype[:40]!r}.")
+        size = exact_tensor_bytes(dtype, shape)
+        if size is None or len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1] <= NUMBER_LIMIT:
+            raise corrupt(f"{name} has a malformed entry for tensor {key!r}.")
+        begin, end = offsets
+        if end - begin != size:
+            raise corrupt(f"{name}: tensor {key!r} of shape {shape} does not fit into {end - begin} bytes.")
+        tensors[key] = HeaderTensor(dtype=dtype, shape=tuple(shape), offset=start + begin, bytes=size)
     in_order = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].bytes)))
     at = start
     for key, tensor in in_order.items():
@@ -122,12 +145,42 @@ def parse_header(header: bytes, file_bytes: int, name: str) -> dict[str, HeaderT
     return in_order
 
 
+# What decoding JSON of others raises, beside the errors that msgspec names.
+FOREIGN_JSON_ERRORS: Final = (msgspec.MsgspecError, ValueError, RecursionError)
+
+
+def refuse_duplicates(data: bytes) -> None:
+    """Raise ValueError for JSON with an object that has a key twice: two readers may see different things in it.
+
+    For JSON whose types have been checked: what else may stand in it is held in memory.
+    """
+
+    def check(pairs: list[tuple[str, object]]) -> None:
+        if len({key for key, _ in pairs}) != len(pairs):
+            raise ValueError("a name occurs twice")
+
+    json.loads(data.decode(), object_pairs_hook=check)
+
+
 def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
-    """Size of a tensor in bytes."""
+    """Size of a tensor in bytes, of a sound dtype and shape."""
     elements = 1
     for extent in shape:
         elements *= extent
     return -(-elements * DTYPES[dtype][0] // 8)
+
+
+def exact_tensor_bytes(dtype: str, shape: Sequence[int]) -> int | None:
+    """Size of a tensor in bytes; None if no tensor can have this shape, or its elements do not fill whole bytes."""
+    if len(shape) > _DIMENSIONS_LIMIT:
+        return None
+    bits = DTYPES[dtype][0]
+    for extent in shape:
+        bits *= extent
+        # Checked on the way: a product of long numbers is work that grows with its square.
+        if extent < 0 or extent > NUMBER_LIMIT or bits > 8 * NUMBER_LIMIT:
+            return None
+    return None if bits % 8 else bits // 8
 
 
 # -- layout ------------------------------------------------------------------------------------------------------------
@@ -246,10 +299,16 @@ def checkpoint_id(
     return digest.hexdigest()[:32]
 
 
+def is_file_name(name: str) -> bool:
+    """Whether this names a file of a directory, neither hidden nor anywhere else."""
+    return _FILE_NAME.fullmatch(name) is not None
+
+
 def validate(manifest: Manifest, sizes: Mapping[str, int]) -> None:
     """Is this manifest sound, and do the files (name → bytes) have the sizes that it says?
 
-    Raises `checkpoint_corrupt` with the first fault; checksums are verified by reading.
+    Raises `checkpoint_corrupt` with the first fault; checksums are verified by reading. What passes can be used
+    without a further look: names stay in their directory, and no number leads outside of a file.
     """
 
     def fault(message: str) -> HearthError:
@@ -257,36 +316,124 @@ def validate(manifest: Manifest, sizes: Mapping[str, int]) -> None:
 
     if manifest.format_version != FORMAT_VERSION:
         raise HearthError(Code.UNSUPPORTED, f"The manifest has format version {manifest.format_version}.")
-    if not _ID.fullmatch(manifest.checkpoint.checkpoint_id):
-        raise fault("The manifest's checkpoint id is malformed.")
-    if manifest.chunk_bytes <= 0 or manifest.chunk_bytes % PAGE_BYTES:
-        raise fault(f"The manifest's chunk size {manifest.chunk_bytes} is no multiple of {PAGE_BYTES}.")
+    _validate_facts(manifest)
+    if not 0 < manifest.chunk_bytes <= CHUNK_LIMIT_BYTES or manifest.chunk_bytes % PAGE_BYTES:
+        raise fault(f"The manifest's chunk size {manifest.chunk_bytes} is no multiple of {PAGE_BYTES} up to 1 GiB.")
+    if not manifest.files:
+        raise fault("The manifest names no weight files.")
+    names: set[str] = {MANIFEST_NAME}
     for file in manifest.files:
-        if "/" in file.name or file.name.startswith("."):
+        if not is_file_name(file.name) or file.name in names:
             raise fault(f"The manifest names the file {file.name!r}.")
-        if sizes.get(file.name) != file.bytes:
+        names.add(file.name)
+        if not 0 < file.bytes <= NUMBER_LIMIT or sizes.get(file.name) != file.bytes:
             raise fault(f"{file.name} has {sizes.get(file.name)} bytes instead of {file.bytes}.")
-    for name in manifest.small_files:
+    for name, digest in manifest.small_files.items():
+        if not is_file_name(name) or name in names:
+            raise fault(f"The manifest names the file {name!r}.")
+        if not _SHA256.fullmatch(digest):
+            raise fault(f"The manifest's SHA-256 of {name} is malformed.")
         if name not in sizes:
             raise fault(f"{name} is missing.")
+    if manifest.config_digest != digest_of(manifest.small_files):
+        raise fault("The manifest's digest of the small files is not theirs.")
     if len(manifest.chunks) != chunk_count(manifest.image_bytes(), manifest.chunk_bytes):
         raise fault("The manifest's table of chunks does not cover the checkpoint.")
+    if not all(map(_CHECKSUM.fullmatch, manifest.chunks)):
+        raise fault("The manifest's table of chunks has a malformed checksum.")
+    _validate_tensors(manifest)
+
+
+def _validate_facts(manifest: Manifest) -> None:
+    facts = manifest.checkpoint
+    if not _ID.fullmatch(facts.checkpoint_id):
+        raise HearthError(Code.CHECKPOINT_CORRUPT, "The manifest's checkpoint id is malformed.")
+    numbers = (
+        facts.weight_bytes, facts.parameters, facts.max_context_tokens, facts.kv_bytes_per_token, facts.vocab_tokens,
+    )  # fmt: skip
+    if not all(0 <= number <= NUMBER_LIMIT for number in numbers):
+        raise HearthError(Code.CHECKPOINT_CORRUPT, "The manifest's facts about the checkpoint are no possible numbers.")
+    texts = [facts.architecture, facts.dtype, manifest.revision or "-"]
+    if manifest.source is not None:
+        texts += [manifest.source.url, manifest.source.revision or "-", manifest.source.dtype or "-"]
+    if not all(_LONG_TEXT.fullmatch(text) for text in texts):
+        raise HearthError(Code.CHECKPOINT_CORRUPT, "The manifest's facts about the checkpoint are no text.")
+
+
+def _validate_tensors(manifest: Manifest) -> None:
+    """Tensors lie in their files, in order, without overlaps, at multiples of their elements."""
+
+    def fault(message: str) -> HearthError:
+        return HearthError(Code.CHECKPOINT_CORRUPT, message)
+
+    file, at, weight_bytes = 0, 0, 0
     for name, tensor in manifest.tensors.items():
-        if tensor.dtype not in DTYPES or tensor.bytes != tensor_bytes(tensor.dtype, tensor.shape):
+        sound = _TEXT.fullmatch(name) and tensor.dtype in DTYPES and 0 <= tensor.file < len(manifest.files)
+        if not sound or tensor.bytes != exact_tensor_bytes(tensor.dtype, tensor.shape):
             raise fault(f"The manifest's entry of tensor {name!r} is malformed.")
-        if not 0 <= tensor.file < len(manifest.files) or tensor.offset < 0:
-            raise fault(f"The manifest's entry of tensor {name!r} is malformed.")
-        if tensor.offset + tensor.bytes > manifest.files[tensor.file].bytes:
+        if not 0 <= tensor.offset <= manifest.files[tensor.file].bytes - tensor.bytes:
             raise fault(f"Tensor {name!r} lies outside of its file.")
+        if tensor.file > file:
+            file, at = tensor.file, 0
+        if tensor.file < file or tensor.offset < at:
+            raise fault(f"Tensor {name!r} overlaps another one, or the manifest has them in another order.")
+        if tensor.offset % element_bytes(tensor.dtype):
+            raise fault(f"Tensor {name!r} does not lie at a multiple of its elements.")
+        at = tensor.offset + tensor.bytes
+        weight_bytes += tensor.bytes
+    if weight_bytes != manifest.checkpoint.weight_bytes:
+        raise fault(f"The tensors have {weight_bytes} bytes and not {manifest.checkpoint.weight_bytes}.")
+    for alias, name in manifest.tied.items():
+        if not _TEXT.fullmatch(alias) or alias in manifest.tensors or name not in manifest.tensors:
+            raise fault(f"The manifest ties {alias!r} to {name!r}, which cannot be.")
+
+
+def element_bytes(dtype: str) -> int:
+    """Bytes at a multiple of which elements of this dtype lie: their size, 1 for those of less than a byte."""
+    return max(1, DTYPES[dtype][0] // 8)
 
 
 def decode_stored(data: bytes) -> Manifest:
     """The manifest in these bytes. Raises `checkpoint_corrupt`; a newer format version is `unsupported`."""
+    if len(data) > MANIFEST_LIMIT_BYTES:
+        raise HearthError(Code.CHECKPOINT_CORRUPT, f"The manifest has more than {MANIFEST_LIMIT_BYTES} bytes.")
     try:
-        manifest = msgspec.json.decode(data, type=Manifest)
-    except msgspec.DecodeError as error:
-        raise HearthError(Code.CHECKPOINT_CORRUPT, f"The manifest is malformed: {error}") from error
-    return manifest
+        return msgspec.json.decode(data, type=Manifest)
+    except FOREIGN_JSON_ERRORS as error:
+        raise HearthError(Code.CHECKPOINT_CORRUPT, f"The manifest is malformed: {error}.") from error
+
+
+def validate_heads(manifest: Manifest, heads: Sequence[bytes]) -> None:
+    """Are these (length and JSON header of every weight file) the heads of this manifest, down to its id?
+
+    Raises `checkpoint_corrupt`. A manifest that passes, and whose chunks and small files have their checksums, is the
+    one that was written when this checkpoint was made: a table of tensors that lies is noticed here.
+    """
+    found: dict[str, TensorEntry] = {}
+    for number, (file, head) in enumerate(zip(manifest.files, heads, strict=True)):
+        try:
+            header_bytes(head[:8], file.bytes, file.name)
+            table = parse_header(head[8:], file.bytes, file.name)
+        except HearthError as error:
+            raise HearthError(Code.CHECKPOINT_CORRUPT, error.failure.message) from error
+        for name, tensor in table.items():
+            found[name] = TensorEntry(
+                file=number, offset=tensor.offset, bytes=tensor.bytes, dtype=tensor.dtype, shape=tensor.shape
+            )
+    if found != manifest.tensors:
+        raise HearthError(Code.CHECKPOINT_CORRUPT, "The manifest's table of tensors is not that of the weight files.")
+    id = checkpoint_id(
+        head=b"".join(heads),
+        tied=manifest.tied,
+        chunk_bytes=manifest.chunk_bytes,
+        chunks=manifest.chunks,
+        config_digest=manifest.config_digest,
+    )
+    if id != manifest.checkpoint.checkpoint_id:
+        raise HearthError(
+            Code.CHECKPOINT_CORRUPT,
+            f"The manifest calls itself {manifest.checkpoint.checkpoint_id}, but its content is {id}.",
+        )
 
 
 # -- read plans --------------------------------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ _HEADS: Final = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _KV_HEADS: Final = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num")
 _VOCABULARY: Final = ("vocab_size", "padded_vocab_size")
 _CLASS: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
+_NUMBER_LIMIT: Final = 2**40  # what is larger is no number of layers, heads or tokens
+_KV_LIMIT: Final = 2**48
 DEFAULT_CONTEXT_TOKENS: Final = 2048  # of the few models whose configuration and tokenizer name no limit
 
 
@@ -75,6 +77,8 @@ def parse_config(data: bytes) -> ModelConfig:
         kv_heads = _number(text, _KV_HEADS) or heads
     head_size = _number(text, ("head_dim",)) or (hidden // heads if hidden and heads else None)
     kv_elements = 2 * layers * kv_heads * head_size if layers and kv_heads and head_size else 0
+    if kv_elements > _KV_LIMIT:
+        raise corrupt("config.json describes a model larger than any.")
     ties = table.get("tie_word_embeddings")
     return ModelConfig(
         architecture=architecture,
@@ -157,7 +161,8 @@ def weight_map_of(data: bytes) -> dict[str, str]:
 
 def _table(data: bytes, name: str) -> dict[str, Any]:
     try:
-        table = json.loads(data)
+        # Not `loads(data)`, which would guess UTF-16 where transformers reads UTF-8.
+        table = json.loads(data.decode())
     except (ValueError, RecursionError) as error:
         raise corrupt(f"{name} is malformed: {error}") from error
     if not isinstance(table, dict):
@@ -168,6 +173,6 @@ def _table(data: bytes, name: str) -> dict[str, Any]:
 def _number(table: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
     for name in names:
         value = table.get(name)
-        if type(value) is int and value > 0:
+        if type(value) is int and 0 < value <= _NUMBER_LIMIT:
             return value
     return None
