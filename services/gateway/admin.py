@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator
-from typing import Any, Final
+from collections.abc import AsyncGenerator
+from typing import Final
+from urllib.parse import urlsplit
 
 import msgspec
-from aiohttp import ClientConnectionResetError, web
+from aiohttp import web
 
-from services.gateway.answers import json_answer, read_json_body
+from services.gateway.answers import answer_steps, encode, json_answer, read_json_body
 from services.gateway.openai import bad, decode_json
-from services.gateway.rendering import error_body
 from services.gateway.service import Gateway
-from shared.contracts.placement import Delete, Deploy, Deployed, Deploying
+from shared.contracts.placement import Delete, Deploy, Deployed
 from shared.contracts.records import DeploymentRecord, DeploymentSpec
 from shared.contracts.residency import Progress, Source
 from shared.errors import Code, HearthError
@@ -24,8 +24,9 @@ from shared.subjects import DELETE, DEPLOY
 
 POLL_S: Final = 1.0
 AWAY_S: Final = 10.0  # a scheduler that restarts is back within this
-WRITE_TIMEOUT_S: Final = 60.0
+OBJECT_STORES: Final = ("s3://", "gs://", "az://", "https://", "http://", "file://")
 _SOURCE_CHARS: Final = 4096
+_REVISION_CHARS: Final = 256
 
 
 class ProgressLine(msgspec.Struct, frozen=True):
@@ -52,23 +53,6 @@ class Deleted(msgspec.Struct, frozen=True):
     deleted: str
 
 
-def plain(value: Any) -> Any:
-    """A contract as JSON's values with every field in it: a program that reads should not need to know the defaults."""
-    if isinstance(value, msgspec.Struct):
-        tag = value.__struct_config__.tag
-        fields = {name: plain(getattr(value, name)) for name in value.__struct_fields__}
-        return fields if tag is None else {"type": tag, **fields}
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return value
-
-
-def _json(value: Any) -> bytes:
-    return msgspec.json.encode(plain(value))
-
-
 def read_spec(body: bytes) -> DeploymentSpec:
     """The spec in a JSON body. Raises `HearthError`; a field that nobody knows is a typo, not a wish."""
     fields: dict[str, msgspec.Raw] = decode_json(body, dict[str, msgspec.Raw])
@@ -83,16 +67,40 @@ def read_spec(body: bytes) -> DeploymentSpec:
     return spec
 
 
+def check_source(source: Source) -> Source:
+    """The source itself if it could be one. Raises `HearthError` with the field in `param`."""
+    check_url(source.url, "source.url", ("/", "hf:", *OBJECT_STORES))
+    if source.revision is not None and not 0 < len(source.revision) <= _REVISION_CHARS:
+        raise bad(f"source.revision must have 1 to {_REVISION_CHARS} characters.", "source.revision")
+    if source.dtype not in (None, "float32", "bfloat16", "float16"):
+        raise bad("source.dtype must be float32, bfloat16 or float16.", "source.dtype")
+    return source
+
+
+def check_url(url: str, field: str, kinds: tuple[str, ...]) -> str:
+    """The url itself if it begins as one of `kinds` and carries no secret. Raises `HearthError`."""
+    if not url.startswith(kinds) or len(url) > _SOURCE_CHARS or not url.isprintable():
+        names = [{"/": "an absolute directory", "hf:": "hf:ORG/NAME"}.get(kind, f"{kind}…") for kind in kinds]
+        raise bad(f"{field} must be {', '.join(names[:-1])} or {names[-1]}.", field)
+    if url.startswith(OBJECT_STORES):
+        try:
+            parts = urlsplit(url)
+        except ValueError as error:
+            raise bad(f"{field} is no valid URL.", field) from error
+        # It will stand in the registry and in logs.
+        if "@" in parts.netloc or parts.query or parts.fragment:
+            raise bad(
+                f"{field} must not hold credentials or a query; stores read secrets from their own settings.", field
+            )
+        if not parts.netloc and parts.scheme != "file":
+            raise bad(f"{field} names no host or bucket.", field)
+    return url
+
+
 def check_spec(spec: DeploymentSpec) -> DeploymentSpec:
     """The spec itself if it makes sense. Raises `HearthError` with the field in `param`."""
     check_name(spec.name)
-    source = spec.source
-    if not source.url or len(source.url) > _SOURCE_CHARS:
-        raise bad("source.url must name a directory or hf:ORG/NAME.", "source.url")
-    if not (source.url.startswith(("/", "hf:"))):
-        raise bad("source.url must be an absolute directory or hf:ORG/NAME.", "source.url")
-    if source.dtype not in (None, "float32", "bfloat16", "float16"):
-        raise bad("source.dtype must be float32, bfloat16 or float16.", "source.dtype")
+    check_source(spec.source)
     bounds = (
         ("min_replicas", spec.min_replicas, 0, 1024),
         ("max_replicas", spec.max_replicas, 1, 1024),
@@ -130,27 +138,9 @@ class Admin:
     async def deploy(self, request: web.Request) -> web.StreamResponse:
         """Create or change a deployment; answers when it can be used."""
         spec = check_spec(read_spec(await read_json_body(request)))
-        steps = self._deploy(spec)
-        if "application/x-ndjson" not in request.headers.get("Accept", ""):
-            async for step in steps:
-                if isinstance(step, Deployed):
-                    return json_answer(_json(DeploymentLine(step.record)))
-            raise AssertionError("a deploy ends with Deployed or an error")
-        first = await anext(steps)  # a refusal at once gets its own status
-        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
-        try:
-            await response.prepare(request)
-            await _write_line(response, _line(first))
-            try:
-                async for step in steps:
-                    await _write_line(response, _line(step))
-            except HearthError as error:
-                await _write_line(response, error_body(error.failure))
-        except (ClientConnectionResetError, ConnectionError):
-            return response  # nobody listens; the scheduler goes on by itself
-        return response
+        return await answer_steps(request, self._deploy(spec))
 
-    async def _deploy(self, spec: DeploymentSpec) -> AsyncIterator[Deploying | Deployed]:
+    async def _deploy(self, spec: DeploymentSpec) -> AsyncGenerator[bytes, None]:
         away_since: float | None = None
         while True:
             try:
@@ -165,14 +155,14 @@ class Admin:
             away_since = None
             if isinstance(step, Deployed):
                 await self._gateway.look()
-                yield step
+                yield encode(DeploymentLine(step.record))
                 return
-            yield step
+            yield encode(ProgressLine(step.progress))
 
     async def list(self, _: web.Request) -> web.Response:
         """All deployments."""
         await self._gateway.look()
-        return json_answer(_json(DeploymentList(self._gateway.deployments())))
+        return json_answer(encode(DeploymentList(self._gateway.deployments())))
 
     async def get(self, request: web.Request) -> web.Response:
         """One deployment."""
@@ -181,27 +171,15 @@ class Admin:
         record = await self._gateway.deployment(name)
         if record is None:
             raise HearthError(Code.UNKNOWN_MODEL, f"No deployment is called {name!r}.")
-        return json_answer(_json(DeploymentLine(record)))
+        return json_answer(encode(DeploymentLine(record)))
 
     async def delete(self, request: web.Request) -> web.Response:
         """Remove a deployment."""
         name = check_name(request.match_info["name"])
         await self._gateway.bus.call(DELETE, Delete(deployment=name))
         await self._gateway.look()
-        return json_answer(_json(Deleted(name)))
+        return json_answer(encode(Deleted(name)))
 
     async def cluster(self, _: web.Request) -> web.Response:
         """Everything that the registry and the queues say."""
-        return json_answer(_json(await self._gateway.view()))
-
-
-def _line(step: Deploying | Deployed) -> bytes:
-    return _json(DeploymentLine(step.record) if isinstance(step, Deployed) else ProgressLine(step.progress))
-
-
-async def _write_line(response: web.StreamResponse, line: bytes) -> None:
-    try:
-        async with asyncio.timeout(WRITE_TIMEOUT_S):
-            await response.write(line + b"\n")
-    except TimeoutError as error:
-        raise ConnectionError("the client does not read") from error
+        return json_answer(encode(await self._gateway.view()))
