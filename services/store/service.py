@@ -189,9 +189,8 @@ class StoreService:
             case RemoveCheckpoint(checkpoint_id, directory):
                 try:
                     await self._on(self._remove_thread, partial(self._tier.remove, Path(directory)))
-                except OSError as error:
-                    message = f"{directory} cannot be removed: {error}."
-                    return CheckpointRemoved(checkpoint_id, Failure(code=Code.INTERNAL, message=message))
+                except HearthError as error:
+                    return CheckpointRemoved(checkpoint_id, error.failure)
                 return CheckpointRemoved(checkpoint_id)
             case _:
                 raise AssertionError(f"{action} is no long action")
