@@ -16,7 +16,7 @@ import aiohttp
 import msgspec
 
 from shared.contracts.records import ClusterView, DeploymentRecord, DeploymentSpec
-from shared.contracts.residency import Progress
+from shared.contracts.residency import HeldCheckpoint, Progress, Source
 
 T = TypeVar("T")
 
@@ -94,21 +94,59 @@ class Client:
 
     async def deploy(self, spec: DeploymentSpec) -> AsyncIterator[Progress | DeploymentRecord]:
         """Deploy: how far it is, repeatedly, and at the end the record."""
-        async with self._ask("POST", "/v1/admin/deployments", spec, "application/x-ndjson") as response:
+        async for step in self._steps("/v1/admin/deployments", spec):
+            if isinstance(step, Progress):
+                yield step
+                continue
+            try:
+                yield msgspec.convert({"type": "deployment_record", **step["deployment"]}, DeploymentRecord)
+            except (ValueError, TypeError, KeyError) as error:
+                raise ClientError(f"The gateway's answer cannot be read ({error}).") from error
+            return
+        raise ClientError("The gateway ended its answer before the deployment was ready.")
+
+    async def checkpoints(self, server_id: str) -> list[HeldCheckpoint]:
+        """What a store holds, the one that would be evicted last first."""
+        found: _Held = await self._decoded("GET", _place(server_id), _Held)
+        return found.data
+
+    async def bring_in(self, server_id: str, source: Source) -> AsyncIterator[Progress | dict[str, Any]]:
+        """Import: how far it is, repeatedly, and at the end `{"checkpoint": …}`."""
+        async for step in self._steps(_place(server_id), {"source": source}):
+            yield step
+
+    async def work(
+        self, server_id: str, checkpoint_id: str, verb: str, body: dict[str, Any]
+    ) -> AsyncIterator[Progress | dict[str, Any]]:
+        """Verify, prefetch or export: how far it is, repeatedly, and at the end what the gateway says was done."""
+        async for step in self._steps(f"{_place(server_id, checkpoint_id)}/{verb}", body):
+            yield step
+
+    async def pin(self, server_id: str, checkpoint_id: str, tier: str) -> Any:
+        """Never evict a checkpoint from a tier; "" unpins it."""
+        async with self._ask("POST", f"{_place(server_id, checkpoint_id)}/pin", {"tier": tier}) as response:
+            return json.loads(await response.read())
+
+    async def evict(self, server_id: str, checkpoint_id: str, tier: str) -> Any:
+        """Take a checkpoint out of a tier."""
+        async with self._ask("DELETE", f"{_place(server_id, checkpoint_id)}?tier={tier}") as response:
+            return json.loads(await response.read())
+
+    async def _steps(self, path: str, body: object) -> AsyncIterator[Progress | dict[str, Any]]:
+        """How far a long call is, repeatedly, and at the end its result."""
+        async with self._ask("POST", path, body, "application/x-ndjson") as response:
             async for raw in _lines(response):
                 try:
                     line = json.loads(raw)
                     if "error" in line:
                         raise ClientError(str(line["error"].get("message", line)), str(line["error"].get("code", "")))
-                    if "progress" in line:
-                        # The progress of the HTTP API carries no type tag; the contract's has one.
-                        yield msgspec.convert({"type": "progress", **line["progress"]}, Progress)
-                    elif "deployment" in line:
-                        yield msgspec.convert({"type": "deployment_record", **line["deployment"]}, DeploymentRecord)
+                    if "progress" not in line:
+                        yield line
                         return
+                    # A gateway may leave the type tag out; the contract has one.
+                    yield msgspec.convert({"type": "progress", **line["progress"]}, Progress)
                 except (ValueError, TypeError, AttributeError) as error:
                     raise ClientError(f"The gateway's answer cannot be read ({error}).") from error
-        raise ClientError("The gateway ended its answer before the deployment was ready.")
 
     async def delete(self, name: str) -> Any:
         """Remove a deployment; what the gateway answers."""
@@ -131,6 +169,15 @@ class Client:
                     for item in _events(data):
                         yield item
         raise ClientError("The answer broke off.")
+
+
+class _Held(msgspec.Struct):
+    data: list[HeldCheckpoint]
+
+
+def _place(server_id: str, checkpoint_id: str = "") -> str:
+    place = f"/v1/admin/servers/{quote(server_id, safe='')}/checkpoints"
+    return f"{place}/{quote(checkpoint_id, safe='')}" if checkpoint_id else place
 
 
 def _events(data: str) -> list[tuple[str, str]]:

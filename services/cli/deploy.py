@@ -11,8 +11,9 @@ from typing import Any, Final
 import msgspec
 
 from services.cli.client import Client, ClientError, run
+from services.cli.progress import Bars
 from shared.contracts.records import DeploymentRecord, DeploymentSpec
-from shared.contracts.residency import Progress
+from shared.contracts.residency import Checkpoint
 from shared.sizes import size
 
 # Option → field of the spec; `source`, `revision` and `dtype` are its source.
@@ -33,8 +34,8 @@ class UsageError(Exception):
 
 
 def source_url(text: str, folder: Path) -> str:
-    """The source as the store wants it: `hf:…` as it is, a directory made absolute from `folder`."""
-    if text.startswith("hf:"):
+    """The source as the store wants it: `hf:…` and URLs as they are, a directory made absolute from `folder`."""
+    if text.startswith("hf:") or "://" in text:
         return text
     path = Path(text).expanduser()
     return str((path if path.is_absolute() else folder / path).absolute())
@@ -54,7 +55,7 @@ def spec_of(options: Mapping[str, Any], document: object, folder: Path, here: Pa
     source = fields.pop("source", {})
     source = {"url": source} if isinstance(source, str) else source
     if not isinstance(source, dict):
-        raise UsageError("`source` is a directory, hf:ORG/NAME, or a mapping with url, revision and dtype.")
+        raise UsageError("`source` is a directory, hf:ORG/NAME, a URL, or a mapping with url, revision and dtype.")
     # A file may use the words of the options as well as those of the contract: `keep_alive` or `keep_alive_s`.
     source |= {name: fields.pop(name) for name in ("revision", "dtype") if name in fields}
     fields = {OPTIONS.get(key, key): value for key, value in fields.items()}
@@ -73,7 +74,7 @@ def spec_of(options: Mapping[str, Any], document: object, folder: Path, here: Pa
     if "name" not in fields:
         raise UsageError("Which name? hearth deploy NAME --source DIR|hf:ORG/NAME")
     if not source.get("url"):
-        raise UsageError("From where? Add --source DIR or --source hf:ORG/NAME")
+        raise UsageError("From where? Add --source DIR, hf:ORG/NAME or a URL such as s3://BUCKET/MODEL")
     try:
         return msgspec.convert({**fields, "source": source}, DeploymentSpec)
     except msgspec.ValidationError as error:
@@ -97,13 +98,13 @@ def _document(name: str) -> tuple[object, Path]:
 
 def described(record: DeploymentRecord) -> str:
     """One line about a deployment that was just made."""
-    found = record.checkpoint
-    facts = (
-        f"{found.architecture}, {parameters(found.parameters)} parameters, {found.dtype}, {size(found.weight_bytes)}"
-        if found
-        else "imported on its first request"
-    )
+    facts = described_checkpoint(record.checkpoint) if record.checkpoint else "imported on its first request"
     return f"{record.spec.name} is {record.state.value}: {facts}"
+
+
+def described_checkpoint(found: Checkpoint) -> str:
+    """`LlamaForCausalLM, 1.1 B parameters, bfloat16, 2.05 GiB`."""
+    return f"{found.architecture}, {parameters(found.parameters)} parameters, {found.dtype}, {size(found.weight_bytes)}"
 
 
 def parameters(count: int) -> str:
@@ -115,38 +116,13 @@ def parameters(count: int) -> str:
 
 
 async def follow(client: Client, spec: DeploymentSpec) -> DeploymentRecord:
-    """Deploy, with a progress bar on a terminal and a line per phase elsewhere (on standard error)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn
-    from rich.progress import Progress as Bar
-
-    console = Console(stderr=True)
-    phase = ""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"))
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(f"{spec.name}: asking", total=None, amount="")
+    """Deploy, and show meanwhile how far it is."""
+    with Bars(spec.name) as bars:
         async for item in client.deploy(spec):
             if isinstance(item, DeploymentRecord):
                 return item
-            bar.update(
-                task,
-                description=f"{spec.name}: {item.phase}",
-                total=item.total_bytes or None,
-                completed=item.done_bytes,
-                amount=amount(item),
-            )
-            if not console.is_terminal and item.phase != phase:
-                phase = item.phase
-                print(f"{spec.name}: {phase}", file=sys.stderr, flush=True)
+            bars.show(spec.name, item)
     raise ClientError("The gateway ended its answer before the deployment was ready.")
-
-
-def amount(progress: Progress) -> str:
-    """`12MiB of 40MiB, 3 s left`; what is not known is left out."""
-    if not progress.total_bytes:
-        return ""
-    text = f"{size(progress.done_bytes)} of {size(progress.total_bytes)}"
-    return text if progress.eta_s is None else f"{text}, {progress.eta_s:.0f} s left"
 
 
 def deploy(options: argparse.Namespace) -> int:

@@ -23,6 +23,12 @@ SERVICES: Final = {
     "store": "keeps checkpoints in the tiers of one server",
 }
 
+SOURCE_HELP: Final = (
+    "a directory, hf:ORG/NAME, or a URL (s3://, gs://, az://, https://, http://, file://), "
+    "in Hugging Face's form or in Hearth's"
+)
+DTYPES: Final = ("float32", "bfloat16", "float16")
+
 
 @dataclass(frozen=True)
 class Verb:
@@ -122,9 +128,9 @@ def _up(parser: argparse.ArgumentParser) -> None:
 def _deploy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="what clients will call the model")
     parser.add_argument("-f", "--file", metavar="YAML", help="read the deployment from a file (- : standard input)")
-    parser.add_argument("--source", metavar="DIR|hf:ORG/NAME", help="a Hugging Face directory or hub repository")
+    parser.add_argument("--source", metavar="SOURCE", help=SOURCE_HELP)
     parser.add_argument("--revision", help="revision of a hub repository")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="convert the parameters")
+    parser.add_argument("--dtype", choices=DTYPES, help="convert the parameters")
     parser.add_argument("--min-replicas", metavar="N", type=int, help="replicas kept even when nobody asks (0)")
     parser.add_argument("--max-replicas", metavar="N", type=_positive, help="replicas at most (1)")
     parser.add_argument(
@@ -181,6 +187,92 @@ def _settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--markdown", action="store_true", help="print all of them as docs/configuration.md holds them")
 
 
+def _tier(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--tier", choices=("dram", "ssd"), default="dram", help=f"{text} (%(default)s)")
+
+
+def _on_server(parser: argparse.ArgumentParser, *, every: str = "") -> None:
+    also = f", or all ({every})" if every else ""
+    parser.add_argument("--server", metavar="ID", help=f"the server{also}; may be left out if there is only one")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    _client(parser)
+
+
+def _checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="its id, the beginning of it, or the name of a deployment that uses it")
+
+
+def _store_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help=SOURCE_HELP)
+    parser.add_argument("--revision", help="revision of a hub repository")
+    parser.add_argument("--dtype", choices=DTYPES, help="convert the parameters")
+    _on_server(parser, every="each imports for itself")
+
+
+def _store_ls(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--server", metavar="ID", help="only this server (all)")
+    parser.add_argument("--json", action="store_true", help="print them as JSON")
+    _client(parser)
+
+
+def _store_verify(parser: argparse.ArgumentParser) -> None:
+    _checkpoint(parser)
+    _on_server(parser)
+
+
+def _store_evict(parser: argparse.ArgumentParser) -> None:
+    _checkpoint(parser)
+    _tier(parser, "where from; ssd implies dram")
+    _on_server(parser)
+
+
+def _store_pin(parser: argparse.ArgumentParser) -> None:
+    _checkpoint(parser)
+    _tier(parser, "where to keep it; dram implies ssd")
+    _on_server(parser)
+
+
+def _store_prefetch(parser: argparse.ArgumentParser) -> None:
+    _checkpoint(parser)
+    _tier(parser, "where to")
+    _on_server(parser)
+
+
+def _store_export(parser: argparse.ArgumentParser) -> None:
+    _checkpoint(parser)
+    parser.add_argument("to", metavar="DIR|URL", help="an empty directory of the server, or one of an object store")
+    _on_server(parser)
+
+
+def _store_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="…", help="see hearth store bench --help")
+
+
+STORE_ACTIONS: Final[tuple[tuple[str, str, str, Callable[[argparse.ArgumentParser], None]], ...]] = (
+    ("ls", "list the checkpoints, and which part of them is in which tier", "ls", _store_ls),
+    ("import", "bring a checkpoint into the SSD tier", "bring_in", _store_import),
+    ("prefetch", "bring a checkpoint into a tier ahead of demand", "prefetch", _store_prefetch),
+    ("pin", "never evict a checkpoint", "pin", _store_pin),
+    ("unpin", "allow a checkpoint to be evicted again", "unpin", _store_verify),
+    ("evict", "take a checkpoint out of a tier", "evict", _store_evict),
+    ("verify", "compare every chunk with its checksum, and repair what differs", "verify", _store_verify),
+    ("export", "copy a checkpoint somewhere else, in Hearth's form", "export", _store_export),
+    ("bench", "measure this machine's disk, without a cluster", "bench", _store_bench),
+)
+
+
+def _store(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Without an action: run this service alone. With one: work on the checkpoints in the tiers of a running "
+        "cluster's servers."
+    )
+    actions = parser.add_subparsers(metavar="ACTION", dest="action", title="actions")
+    for name, text, function, options in STORE_ACTIONS:
+        action = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+        action.set_defaults(module="services.cli.store", function=function)
+        options(action)
+
+
 def _nothing(parser: argparse.ArgumentParser) -> None:
     return None
 
@@ -201,7 +293,13 @@ VERBS: Final[tuple[tuple[str, str, str, str, Callable[[argparse.ArgumentParser],
         _settings,
     ),
     *(
-        (name, f"run this service alone: {text}", "services.cli.alone", "alone", _nothing)
+        (
+            name,
+            f"run this service alone: {text}" + ("; or work on checkpoints" if name == "store" else ""),
+            "services.cli.alone",
+            "alone",
+            _store if name == "store" else _nothing,
+        )
         for name, text in SERVICES.items()
     ),
 )
@@ -230,5 +328,8 @@ def parse(arguments: list[str]) -> Verb:
     if arguments[:1] == ["test"] and arguments[1:2] not in (["-h"], ["--help"]):
         options = argparse.Namespace(verb="test", rest=arguments[1:])
         return Verb("services.cli.checks", "test", options)
+    if arguments[:2] == ["store", "bench"]:
+        options = argparse.Namespace(verb="store", action="bench", rest=arguments[2:])
+        return Verb("services.cli.store", "bench", options)
     parsed: Any = build().parse_args(arguments)
     return Verb(parsed.module, parsed.function, parsed)

@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from services.cli.client import Client, run
-from services.cli.deploy import amount, parameters
+from services.cli.deploy import parameters
+from services.cli.progress import amount
 from shared.contracts.records import ClusterView, DeploymentRecord, ReplicaState
 from shared.sizes import size
 

@@ -194,7 +194,8 @@ class Cluster:
 
     async def _deploy_demo(self) -> None:
         from services.cli.client import Client, ClientError
-        from services.cli.deploy import amount, described
+        from services.cli.deploy import described
+        from services.cli.progress import amount
         from shared.contracts.records import DeploymentRecord
 
         async with Client(self._plan.url, _key()) as client:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.deploy import UsageError, amount, parameters, spec_of
+from services.cli.deploy import UsageError, parameters, spec_of
 from shared.contracts.records import DeploymentSpec
-from shared.contracts.residency import Progress, Source
+from shared.contracts.residency import Source
 
 HERE = Path("/here")
 FOLDER = Path("/folder")
@@ -60,6 +60,11 @@ def test_home_and_absolute_directories(monkeypatch: pytest.MonkeyPatch) -> None:
     assert spec_of({"name": "m", "source": "/m"}, None, HERE, HERE).source.url == "/m"
 
 
+def test_urls_are_left_as_they_are() -> None:
+    for url in ("s3://bucket/m", "https://host/m", "file:///m"):
+        assert spec_of({"name": "m", "source": url}, None, HERE, HERE).source.url == url
+
+
 @pytest.mark.parametrize(
     ("options", "document", "says"),
     [
@@ -77,12 +82,6 @@ def test_home_and_absolute_directories(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_no_deployment_is_told(options: dict[str, object], document: object, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         spec_of(options, document, FOLDER, HERE)
-
-
-def test_amounts_leave_out_what_is_not_known() -> None:
-    assert amount(Progress(phase="queued")) == ""
-    assert amount(Progress(phase="reading", done_bytes=2**20, total_bytes=2**22)) == "1 MiB of 4 MiB"
-    assert amount(Progress(phase="reading", done_bytes=0, total_bytes=2**10, eta_s=3.2)) == "0 B of 1 KiB, 3 s left"
 
 
 def test_numbers_of_parameters() -> None:
