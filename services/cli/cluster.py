@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import secrets
 import shutil
 import socket
 import sys
@@ -29,11 +30,15 @@ SET_BY_PLAN: Final = frozenset(
     {
         "HEARTH_NATS_URL", "HEARTH_REDIS_URL", "HEARTH_GATEWAY_ID", "HEARTH_SCHEDULER_ID", "HEARTH_WORKER_ID",
         "HEARTH_SERVER_ID", "HEARTH_STORE_DIR", "HEARTH_SHM_DIR", "HEARTH_DRAM_BYTES", "HEARTH_SSD_BYTES",
-        "HEARTH_HTTP_HOST", "HEARTH_HTTP_PORT", "HEARTH_LOG_FORMAT", "HEARTH_METRICS_PORT",
+        "HEARTH_HTTP_HOST", "HEARTH_HTTP_PORT", "HEARTH_LOG_FORMAT", "HEARTH_METRICS_PORT", "HEARTH_KEEP_POOL",
+        "HEARTH_PEER_HOST", "HEARTH_PEER_PORT", "HEARTH_PEER_URL", "HEARTH_PEER_TOKEN", "HEARTH_PEER_TOKEN_FILE",
     }
 )  # fmt: skip
 # Of these, the ones that `up` takes from the environment after all, or that make no difference.
-USED_BY_PLAN: Final = frozenset({"HEARTH_NATS_URL", "HEARTH_REDIS_URL", "HEARTH_LOG_FORMAT"})
+USED_BY_PLAN: Final = frozenset(
+    {"HEARTH_NATS_URL", "HEARTH_REDIS_URL", "HEARTH_LOG_FORMAT", "HEARTH_PEER_TOKEN", "HEARTH_PEER_TOKEN_FILE"}
+)
+PEER_TOKEN_BYTES: Final = 32
 CUDA_CONTROL: Final = Path("/dev/nvidiactl")  # there where NVIDIA's driver is
 
 
@@ -199,6 +204,8 @@ def make(wish: Wish, programs: Mapping[str, servers.Program], environ: Mapping[s
             "things for each service; its own options are --dram, --ssd, --host and --port"
         )
     infrastructure: list[ChildPlan] = []
+    # What is nobody else's program's business.
+    outside = {name: value for name, value in environ.items() if not name.startswith("HEARTH_")}
     nats_url, redis_url = environ.get("HEARTH_NATS_URL", ""), environ.get("HEARTH_REDIS_URL", "")
     if program := programs.get("nats-server"):
         if wish.nats_port:
@@ -206,14 +213,14 @@ def make(wish: Wish, programs: Mapping[str, servers.Program], environ: Mapping[s
         port = wish.nats_port or servers.free_port()
         nats_url = f"nats://127.0.0.1:{port}"
         command = servers.nats_command(program, port, wish.data_dir / "nats")
-        infrastructure.append(ChildPlan("nats", "nats", command, {**environ, **program.environment()}, plain=True))
+        infrastructure.append(ChildPlan("nats", "nats", command, {**outside, **program.environment()}, plain=True))
     if program := programs.get("redis-server"):
         if wish.redis_port:
             check_port("127.0.0.1", wish.redis_port, "--redis-port")
         port = wish.redis_port or servers.free_port()
         redis_url = f"redis://127.0.0.1:{port}/0"
         command = servers.redis_command(program, port, wish.data_dir / "redis")
-        infrastructure.append(ChildPlan("redis", "redis", command, {**environ, **program.environment()}, plain=True))
+        infrastructure.append(ChildPlan("redis", "redis", command, {**outside, **program.environment()}, plain=True))
 
     dram_bytes = wish.dram_bytes or dram_default(memory_bytes(), wish.servers)
     shm_dir = _shm(wish.data_dir, dram_bytes * wish.servers, notes)
@@ -239,11 +246,19 @@ def make(wish: Wish, programs: Mapping[str, servers.Program], environ: Mapping[s
             raise UpError(f"{error}. (`hearth settings` lists every variable.)") from error
         children.append(ChildPlan(name, kind, [sys.executable, "-P", "-m", "services", kind], environment))
 
+    # Only the stores hear it, and by their environment: the command line of a process is everybody's to read.
+    secret = {
+        name.removeprefix("HEARTH_").lower(): environ[name]
+        for name in ("HEARTH_PEER_TOKEN", "HEARTH_PEER_TOKEN_FILE")
+        if environ.get(name)
+    } or {"peer_token": secrets.token_hex(PEER_TOKEN_BYTES)}
     worker = 0
     for number in range(1, wish.servers + 1):
         server = f"server-{number}"
         home = wish.data_dir / "servers" / server
+        # A pool outlives its store while the cluster runs (a store that is killed finds it again), not the cluster.
         store = {"server_id": server, "store_dir": str(home / "store"), "shm_dir": str(shm_dir / server)}
+        store |= {"keep_pool": "0", **secret}
         if ssd_bytes:
             store["ssd_bytes"] = str(ssd_bytes)
         directories += [home / "store", shm_dir / server]

@@ -12,13 +12,16 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from services.cli.checkpoints import ID_CHARS
 from services.cli.client import Client, run
 from services.cli.deploy import parameters
-from services.cli.progress import amount
-from shared.contracts.records import ClusterView, DeploymentRecord, ReplicaState
-from shared.sizes import size
+from services.cli.progress import amount, percent
+from shared.contracts.records import ClusterView, DeploymentRecord, ReplicaState, ServerRecord
+from shared.sizes import duration, rate, size
 
 REFRESH_S: Final = 1.0
+# So many pins or quarantined checkpoints of a server are named.
+NOTED: Final = 8
 
 
 def tables(view: ClusterView) -> RenderableType:
@@ -35,17 +38,28 @@ def _table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
 
 
 def residency(view: ClusterView, deployment: DeploymentRecord) -> str:
-    """Where a deployment's checkpoint is, fastest tier first: `DRAM server-1 · SSD server-1`."""
+    """Where a deployment's checkpoint is, fastest tier first: `DRAM server-1 · SSD server-1, server-2 43 %`."""
     if deployment.checkpoint is None:
         return "nowhere yet"
     checkpoint_id = deployment.checkpoint.checkpoint_id
     found = []
     for tier in ("dram", "ssd"):
-        for server in sorted(view.servers, key=lambda record: record.server_id):
+        places = []
+        for server in _servers_of(view):
             held: dict[str, int] = getattr(server, tier)
-            if checkpoint_id in held:
-                found.append(f"{tier.upper()} {server.server_id}")
+            arriving: dict[str, int] = getattr(server, f"{tier}_arriving")
+            if checkpoint_id in arriving:
+                part = percent(arriving[checkpoint_id], deployment.checkpoint.weight_bytes)
+                places.append(f"{server.server_id} {part}".rstrip())
+            elif checkpoint_id in held:
+                places.append(server.server_id)
+        if places:
+            found.append(f"{tier.upper()} {', '.join(places)}")
     return " · ".join(found) or "nowhere"
+
+
+def _servers_of(view: ClusterView) -> list[ServerRecord]:
+    return sorted(view.servers, key=lambda record: record.server_id)
 
 
 def _deployments(view: ClusterView) -> RenderableType:
@@ -122,20 +136,69 @@ def _servers(view: ClusterView) -> RenderableType:
     if not view.servers:
         return Text("no servers", style="dim")
     table = _table(
-        "servers", "server", "phase", "DRAM", "leased", "SSD", "read", "loads",
-        right=("DRAM", "leased", "SSD", "read", "loads"),
+        "servers", "server", "phase", "DRAM", "leased", "SSD", "from SSD", "peers", "remote",
+        right=("DRAM", "leased", "SSD", "from SSD", "peers", "remote"),
     )  # fmt: skip
-    for record in sorted(view.servers, key=lambda record: record.server_id):
+    notes: list[Text] = []
+    for record in _servers_of(view):
         table.add_row(
             record.server_id,
             record.phase.value,
             f"{size(record.dram_used_bytes)}/{size(record.dram_capacity_bytes)}",
             size(record.leased_bytes),
             f"{size(record.ssd_used_bytes)}/{size(record.ssd_capacity_bytes)}",
-            f"{size(record.ssd_bytes_per_s)}/s" if record.ssd_bytes_per_s else "–",
-            str(record.loads),
+            *(
+                rate(measured) if measured else "–"
+                for measured in (record.ssd_bytes_per_s, record.peer_bytes_per_s, record.remote_bytes_per_s)
+            ),
         )
-    return table
+        notes += server_notes(record, view)
+    return Group(table, *notes)
+
+
+def server_notes(record: ServerRecord, view: ClusterView) -> list[Text]:
+    """What is worth a line of its own about a server: loads, what arrives, what is pinned, what is quarantined."""
+    checkpoints = {one.checkpoint.checkpoint_id: one.checkpoint for one in view.deployments if one.checkpoint}
+    names: dict[str, str] = {}
+    for one in sorted(view.deployments, key=lambda deployment: deployment.spec.name):
+        if one.checkpoint:
+            names.setdefault(one.checkpoint.checkpoint_id, one.spec.name)
+
+    def called(checkpoint_id: str) -> str:
+        short = checkpoint_id[:ID_CHARS]
+        return f"{short} ({names[checkpoint_id]})" if checkpoint_id in names else short
+
+    notes: list[Text] = []
+
+    def note(words: str, style: str = "") -> None:
+        notes.append(Text.assemble((f"{record.server_id}: ", "dim"), (words, style)))
+
+    if record.loads or record.load_queue_bytes:
+        words = f"{record.loads} load" if record.loads == 1 else f"{record.loads} loads"
+        left = f", {size(record.load_queue_bytes)} left to move" if record.load_queue_bytes else ""
+        drained = "" if record.load_drain_s is None else f", done in {duration(record.load_drain_s)}"
+        note(words + left + drained)
+    for tier, arriving in (("DRAM", record.dram_arriving), ("SSD", record.ssd_arriving)):
+        for checkpoint_id, done_bytes in sorted(arriving.items()):
+            found = checkpoints.get(checkpoint_id)
+            part = (
+                f"{size(done_bytes)} of {size(found.weight_bytes)} ({percent(done_bytes, found.weight_bytes)})"
+                if (found)
+                else size(done_bytes)
+            )
+            note(f"{called(checkpoint_id)} is arriving in {tier}: {part}")
+    if record.pinned:
+        pins = [f"{called(checkpoint_id)} in {tier}" for checkpoint_id, tier in sorted(record.pinned.items())]
+        note(f"pinned: {', '.join(pins[:NOTED])}{_more(len(pins) - NOTED)}", "cyan")
+    for checkpoint_id, reason in sorted(record.quarantined.items())[:NOTED]:
+        note(f"{called(checkpoint_id)} is quarantined: {reason}", "red")
+    if len(record.quarantined) > NOTED:
+        note(f"{len(record.quarantined) - NOTED} more are quarantined", "red")
+    return notes
+
+
+def _more(count: int) -> str:
+    return f" and {count} more" if count > 0 else ""
 
 
 def ps(options: argparse.Namespace) -> int:

@@ -74,6 +74,12 @@ def running(pid: int) -> bool:
         return False
 
 
+def variables(pid: int) -> dict[str, str]:
+    """The environment that a process was started with."""
+    pairs = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+
+
 def gone(pids: list[int]) -> None:
     """Wait until none of them runs."""
     deadline_s = time.monotonic() + END_S
@@ -129,10 +135,21 @@ def test_up_answers_survives_and_drains(home: Path) -> None:
         assert (unknown.returncode, "nobody" in unknown.stderr) == (1, True)
         assert up.verb("delete", "nobody").returncode == 1
 
+        # Stores share a secret, which nobody else sees.
+        token = variables(children["server-1"])["HEARTH_PEER_TOKEN"]
+        assert "HEARTH_PEER_TOKEN" not in variables(children["worker-1"]) | variables(children["nats"])
+        assert token not in up.text
+        assert not any(token in path.read_text() for path in (data_dir / "logs").iterdir())
+
+        # A store that was killed has left its pool behind; with the cluster it goes.
         pids = list(up.children().values())
+        shm = Path(variables(children["server-1"])["HEARTH_SHM_DIR"])
+        os.kill(children["server-1"], signal.SIGKILL)
+        assert list(shm.glob("hearth-*"))
         up.process.send_signal(signal.SIGINT)
         assert up.process.wait(END_S) == 0, up.text
         gone(pids)
+        assert not shm.parent.exists()
         assert "stopped" in up.text.splitlines()[-1]
         assert "was killed" not in up.text
         assert not (data_dir / "up.json").exists()

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from services.cli.parser import SERVICES, VERBS, parse
+from services.cli.parser import SERVICES, STORE_ACTIONS, VERBS, parse
 
 
 def test_every_verb_leads_to_a_function() -> None:
@@ -15,9 +15,14 @@ def test_every_verb_leads_to_a_function() -> None:
 
     for _, _, module, function, _ in VERBS:
         assert callable(getattr(importlib.import_module(module), function))
+    for _, _, function, _ in STORE_ACTIONS:
+        assert callable(getattr(importlib.import_module("services.cli.store"), function))
 
 
-WRONG = ("", "fly", "up --port 0", "up --servers none", "up --dram much", "up --dem", "deploy -x", "chat")
+WRONG = (
+    "", "fly", "up --port 0", "up --servers none", "up --dram much", "up --dem", "deploy -x", "chat", "store fly",
+    "store import", "store pin", "store evict c --tier tape", "store export c", "store ls --serv a",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("line", WRONG)
@@ -28,7 +33,15 @@ def test_wrong_usage_is_2(line: str, capsys: pytest.CaptureFixture[str]) -> None
     assert "usage:" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name, *_ in VERBS)])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        *([name, "--help"] for name, *_ in VERBS),
+        *(["store", name, "--help"] for name, *_ in STORE_ACTIONS if name != "bench"),
+    ],
+)
 def test_help_is_0(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         parse(arguments)
@@ -58,6 +71,46 @@ def test_services_are_verbs() -> None:
     for service in SERVICES:
         verb = parse([service])
         assert (verb.module, verb.options.verb) == ("services.cli.alone", service)
+
+
+def test_a_store_runs_alone_or_is_worked_on() -> None:
+    assert parse(["store"]).function == "alone"
+    verb = parse(["store", "evict", "demo", "--tier", "ssd", "--server", "s1", "--url", "http://there:1"])
+    assert (verb.module, verb.function) == ("services.cli.store", "evict")
+    options = verb.options
+    assert (options.action, options.checkpoint, options.tier, options.server) == ("evict", "demo", "ssd", "s1")
+    assert (options.url, options.json) == ("http://there:1", False)
+    assert parse(["store", "prefetch", "demo"]).options.tier == "dram"
+    assert parse(["store", "import", "hf:org/m", "--dtype", "bfloat16"]).function == "bring_in"
+    assert parse(["store", "export", "demo", "s3://bucket/m"]).options.to == "s3://bucket/m"
+
+
+def test_the_options_of_a_bench_are_its_own() -> None:
+    for rest in (["--help"], ["--size", "1GiB", "--json"], []):
+        verb = parse(["store", "bench", *rest])
+        assert (verb.function, verb.options.rest) == ("bench", rest)
+
+
+GOLDEN_ACTIONS = """
+    ls        list the checkpoints, and which part of them is in which tier
+    import    bring a checkpoint into the SSD tier
+    prefetch  bring a checkpoint into a tier ahead of demand
+    pin       never evict a checkpoint
+    unpin     allow a checkpoint to be evicted again
+    evict     take a checkpoint out of a tier
+    verify    compare every chunk with its checksum, and repair what differs
+    export    copy a checkpoint somewhere else, in Hearth's form
+    bench     measure this machine's disk, without a cluster
+"""
+
+
+def test_the_help_of_a_store_lists_its_actions(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        parse(["store", "--help"])
+    assert GOLDEN_ACTIONS in capsys.readouterr().out
 
 
 def test_the_parser_imports_nothing_heavy() -> None:

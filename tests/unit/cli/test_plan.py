@@ -66,6 +66,34 @@ def test_settings_that_do_not_count_are_told(tmp_path: Path) -> None:
     assert note.startswith("HEARTH_DRAM_BYTES, HEARTH_HTTP_PORT do not count here")
 
 
+def test_the_stores_share_a_secret_that_nobody_else_is_told(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, servers=2)
+    children = [*plan.infrastructure, *plan.services]
+    tokens = [child.environment["HEARTH_PEER_TOKEN"] for child in children if child.kind == "store"]
+    assert len(tokens) == 2 and len(set(tokens)) == 1 and len(tokens[0]) >= 32
+    assert all(tokens[0] not in " ".join(child.command) for child in children)
+    assert not any("HEARTH_PEER_TOKEN" in child.environment for child in children if child.kind != "store")
+    assert tokens[0] not in banner(plan, ["m"], ready_s=1.0)
+    assert plan_of(tmp_path).services[0].environment["HEARTH_PEER_TOKEN"] != tokens[0], "made up afresh"
+
+
+def test_a_secret_of_the_operators_own_is_used(tmp_path: Path) -> None:
+    for variable in ("HEARTH_PEER_TOKEN", "HEARTH_PEER_TOKEN_FILE"):
+        plan = plan_of(tmp_path, {variable: "mine"})
+        found = by_name(plan)
+        secrets = {name: value for name, value in found["server-1"].environment.items() if "PEER_TOKEN" in name}
+        assert secrets == {variable: "mine"}
+        assert variable not in found["gateway"].environment and variable not in found["nats"].environment
+        assert plan.notes == []
+
+
+def test_pools_do_not_outlive_the_cluster(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, {"HEARTH_KEEP_POOL": "1"})
+    store = by_name(plan)["server-1"].environment
+    assert store["HEARTH_KEEP_POOL"] == "0"
+    assert Path(store["HEARTH_SHM_DIR"]).parent == plan.shm_dir, "what a killed store left goes with the directory"
+
+
 def test_workers_of_one_machine_share_its_memory(tmp_path: Path) -> None:
     cpu = {"HEARTH_DEVICE": "cpu"}
     memory = [

@@ -83,8 +83,39 @@ def test_nothing_is_said_in_words() -> None:
 
 def test_residency_names_the_fastest_tier_first() -> None:
     view = ClusterView(servers=(server(2, ssd={"c1": 1}), server(1, dram={"c1": 1}, ssd={"c1": 1})))
-    assert residency(view, deployment("demo")) == "DRAM server-1 · SSD server-1 · SSD server-2"
+    assert residency(view, deployment("demo")) == "DRAM server-1 · SSD server-1, server-2"
     assert residency(ClusterView(), deployment("demo")) == "nowhere"
+    arriving = msgspec.structs.replace(server(1, ssd={"c1": 2**20}), dram_arriving={"c1": 3 * 2**20})
+    assert residency(ClusterView(servers=(arriving,)), deployment("demo")) == "DRAM server-1 25 % · SSD server-1"
+
+
+def test_a_server_says_what_moves_and_what_stays() -> None:
+    busy = msgspec.structs.replace(
+        server(1, ssd={"c1": 2**20}), dram_used_bytes=1023 * 2**20, leased_bytes=1023 * 2**20,
+        ssd_used_bytes=1023 * 2**30, loads=2, load_queue_bytes=3 * 2**30, load_drain_s=2.5,
+        ssd_bytes_per_s=1.95 * 2**30, peer_bytes_per_s=1023.0 * 2**20, remote_bytes_per_s=120.0 * 2**20,
+        dram_arriving={"c1": 3 * 2**20}, ssd_arriving={"f" * 32: 2**30}, pinned={"c1": "dram"},
+        quarantined={"e" * 32: "chunk 3 is corrupt"},
+    )  # fmt: skip
+    text = shown(ClusterView(servers=(busy, server(2, ssd={})), deployments=(deployment("demo"),)))
+    assert max(map(len, text.splitlines())) <= 100
+    rows = [line.split() for line in text.splitlines() if line.startswith("server-1 ")]
+    assert rows[0][:2] == ["server-1", "ready"]
+    assert " ".join(rows[0]).endswith("1023 MiB 1023 GiB/1 TiB 1.95 GiB/s 1023 MiB/s 120 MiB/s")
+    assert [line.rstrip() for line in text.splitlines() if line.startswith("server-1:")] == [
+        "server-1: 2 loads, 3 GiB left to move, done in 2.5 s",
+        "server-1: c1 (demo) is arriving in DRAM: 3 MiB of 12 MiB (25 %)",
+        "server-1: ffffffffffff is arriving in SSD: 1 GiB",
+        "server-1: pinned: c1 (demo) in dram",
+        "server-1: eeeeeeeeeeee is quarantined: chunk 3 is corrupt",
+    ]
+    assert "server-2:" not in text
+
+
+def test_many_pins_are_counted() -> None:
+    pinned = msgspec.structs.replace(server(1, ssd={}), pinned={f"{number:032}": "ssd" for number in range(20)})
+    text = shown(ClusterView(servers=(pinned,)))
+    assert "and 12 more" in text.replace("\n", " ")
 
 
 def test_a_deployment_that_cannot_be_loaded_says_why() -> None:
