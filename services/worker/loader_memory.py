@@ -42,6 +42,7 @@ class _Segment:
     address: int
     size_bytes: int
     identity: tuple[int, int]
+    unwanted: threading.Event
     populate: threading.Thread
     users: int = 0
 
@@ -50,102 +51,156 @@ class _Segment:
 class Image:
     """A checkpoint's image in this process: `size_bytes` readable bytes at `address`, until `Mappings.release`.
 
-    `segment_address` and `segment_bytes` are the mapping that it is a part of, or its own when it had to be stitched.
+    `segment_address` and `segment_bytes` are the mapping of the whole segment that it came from (0: it is memory of
+    this process alone). `owned` says that the range at `address` is this image's own and goes with it.
     """
 
     address: int
     size_bytes: int
     segment_address: int
     segment_bytes: int
-    stitched: bool
+    owned: bool
     segment: _Segment | None = field(repr=False, compare=False, default=None)
+
+    def word(self, offset: int) -> int:
+        """The 64-bit word at byte `offset` of the segment; one load of the processor, never half of two words."""
+        return ctypes.c_uint64.from_address(self.segment_address + offset).value
 
 
 class Mappings:
     """The mappings of this worker. Thread-safe.
 
-    `writable` asks for a writable mapping where the file allows it: CUDA pins only such memory without special support.
-    `before_unmap` is told the address of the mapping of a whole segment before it goes.
+    A segment is mapped as a whole, once, and stays mapped: the newest for good, an older one (the store has made
+    another since) until its last image is released. `writable` asks for a writable mapping where the file allows it:
+    CUDA pins only such memory without special support. `before_unmap` is told the address of the mapping of a whole
+    segment before it goes.
     """
 
     def __init__(self, *, writable: bool = False, before_unmap: Callable[[int], None] | None = None) -> None:
         self._writable = writable
         self._before_unmap = before_unmap
         self._lock = threading.Lock()
-        self._segments: dict[str, _Segment] = {}
+        self._segments: list[tuple[str, _Segment]] = []  # the newest last
+
+    def prepare(self, path: str) -> Image:
+        """Map a whole segment ahead of need. Raises HearthError: CHECKPOINT_UNAVAILABLE."""
+        with _mapping_errors(), _opened(path, self._writable) as (descriptor, writable), self._lock:
+            segment = self._segment(path, descriptor, writable)
+            segment.users += 1
+        return _whole(segment)
 
     def map(self, lease: Lease) -> Image:
         """The image of a leased checkpoint. Raises HearthError: CHECKPOINT_UNAVAILABLE, CHECKPOINT_CORRUPT."""
-        if not lease.extents:
-            raise HearthError(Code.CHECKPOINT_CORRUPT, "The lease has no extents.")
+        return self._map(lease, whole=False)
+
+    def hold(self, lease: Lease) -> Image:
+        """The whole segment of a lease, whose extents are not put side by side. Raises as `map` does."""
+        return self._map(lease, whole=True)
+
+    def own(self, size_bytes: int) -> Image:
+        """Memory of this process alone, zero, in large pages where the kernel gives them. Raises `MemoryError`."""
         try:
-            with _opened(lease.segment, self._writable) as (descriptor, writable):
-                status = os.fstat(descriptor)
-                for extent in lease.extents:
-                    inside = (
-                        extent.offset >= 0 and extent.length > 0 and extent.offset + extent.length <= status.st_size
-                    )
-                    if not inside or extent.offset % PAGE_BYTES or extent.length % PAGE_BYTES:
-                        raise HearthError(Code.CHECKPOINT_CORRUPT, "The lease's extents do not lie in its segment.")
-                if _contiguous(lease):
-                    return self._part(lease, descriptor, status, writable)
-                return _stitch(lease, descriptor, writable)
+            address = _mmap(None, size_bytes, True, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
         except OSError as error:
-            raise HearthError(
-                Code.CHECKPOINT_UNAVAILABLE, f"The store's memory cannot be mapped: {error.strerror}."
-            ) from error
+            raise MemoryError(f"{size_bytes} bytes cannot be had") from error
+        _libc.madvise(address, size_bytes, mmap.MADV_HUGEPAGE)  # a refusal costs only speed
+        return Image(address=address, size_bytes=size_bytes, segment_address=0, segment_bytes=0, owned=True)
 
     def release(self, image: Image) -> None:
-        """The image is not used any more: no view on it may be alive. The mapping of a whole segment stays."""
-        if image.segment is None:
+        """The image is not used any more: no view on it may be alive."""
+        if image.owned:
             _libc.munmap(image.address, image.size_bytes)
-            return
-        with self._lock:
-            image.segment.users -= 1
-            current = image.segment in self._segments.values()
-            if image.segment.users == 0 and not current:
-                self._unmap(image.segment)
+        if image.segment is not None:
+            with self._lock:
+                image.segment.users -= 1
+                self._drop_old()
 
     def close(self) -> None:
         """Unmap everything that is not in use."""
         with self._lock:
-            for path, segment in list(self._segments.items()):
-                if segment.users == 0:
-                    del self._segments[path]
-                    self._unmap(segment)
+            for entry in [entry for entry in self._segments if entry[1].users == 0]:
+                self._segments.remove(entry)
+                self._unmap(entry[1])
 
-    def _part(self, lease: Lease, descriptor: int, status: os.stat_result, writable: bool) -> Image:
-        identity = (status.st_dev, status.st_ino)
-        with self._lock:
-            segment = self._segments.get(lease.segment)
-            if segment is None or segment.identity != identity or segment.size_bytes != status.st_size:
-                if (
-                    segment is not None and segment.users == 0
-                ):  # the store started anew: another file under the old name
-                    self._unmap(segment)
-                address = _mmap(None, status.st_size, writable, mmap.MAP_SHARED, descriptor, 0)
-                # The page table is filled beside the first load, which needs only its own pages.
-                populate = threading.Thread(
-                    target=_populate, args=(address, status.st_size), name="populate", daemon=True
-                )
-                populate.start()
-                segment = _Segment(address, status.st_size, identity, populate)
-                self._segments[lease.segment] = segment
-            segment.users += 1
+    def _map(self, lease: Lease, *, whole: bool) -> Image:
+        if not lease.extents:
+            raise HearthError(Code.CHECKPOINT_CORRUPT, "The lease has no extents.")
+        with _mapping_errors(), _opened(lease.segment, self._writable) as (descriptor, writable):
+            file_bytes = os.fstat(descriptor).st_size
+            board_end = lease.arrival.board_offset if lease.arrival else 0
+            for extent in lease.extents:
+                inside = extent.offset >= 0 and extent.length > 0 and extent.offset + extent.length <= file_bytes
+                if not inside or extent.offset % PAGE_BYTES or extent.length % PAGE_BYTES:
+                    raise HearthError(Code.CHECKPOINT_CORRUPT, "The lease's extents do not lie in its segment.")
+            if lease.segment_bytes > file_bytes or board_end > file_bytes:
+                raise HearthError(Code.CHECKPOINT_CORRUPT, "The lease's segment is shorter than it says.")
+            with self._lock:
+                segment = self._segment(lease.segment, descriptor, writable)
+                segment.users += 1
+            if whole:
+                return _whole(segment)
+            size_bytes = sum(extent.length for extent in lease.extents)
+            address, owned = segment.address + lease.extents[0].offset, not _contiguous(lease)
+            if owned:
+                try:
+                    address = _stitch(lease, descriptor, writable, size_bytes)
+                except OSError:
+                    with self._lock:
+                        segment.users -= 1
+                    raise
         return Image(
-            address=segment.address + lease.extents[0].offset,
-            size_bytes=sum(extent.length for extent in lease.extents),
+            address=address,
+            size_bytes=size_bytes,
             segment_address=segment.address,
             segment_bytes=segment.size_bytes,
-            stitched=False,
+            owned=owned,
             segment=segment,
         )
 
+    def _segment(self, path: str, descriptor: int, writable: bool) -> _Segment:
+        """The mapping of this file, made if need be; it is the newest then."""
+        status = os.fstat(descriptor)
+        identity = (status.st_dev, status.st_ino)
+        for entry in self._segments:
+            known = entry[1]
+            if (entry[0], known.identity, known.size_bytes) == (path, identity, status.st_size):
+                self._segments.remove(entry)
+                self._segments.append(entry)
+                return known
+        address = _mmap(None, status.st_size, writable, mmap.MAP_SHARED, descriptor, 0)
+        unwanted = threading.Event()
+        # The page table is filled beside the first load, which needs only its own pages.
+        populate = threading.Thread(
+            target=_populate, args=(address, status.st_size, unwanted), name="populate", daemon=True
+        )
+        segment = _Segment(address, status.st_size, identity, unwanted, populate)
+        populate.start()
+        self._segments.append((path, segment))
+        self._drop_old()
+        return segment
+
+    def _drop_old(self) -> None:
+        for entry in [entry for entry in self._segments[:-1] if entry[1].users == 0]:
+            self._segments.remove(entry)
+            self._unmap(entry[1])
+
     def _unmap(self, segment: _Segment) -> None:
+        segment.unwanted.set()
         segment.populate.join()
         if self._before_unmap is not None:
             self._before_unmap(segment.address)
         _libc.munmap(segment.address, segment.size_bytes)
+
+
+def _whole(segment: _Segment) -> Image:
+    return Image(
+        address=segment.address,
+        size_bytes=segment.size_bytes,
+        segment_address=segment.address,
+        segment_bytes=segment.size_bytes,
+        owned=False,
+        segment=segment,
+    )
 
 
 def _contiguous(lease: Lease) -> bool:
@@ -153,8 +208,8 @@ def _contiguous(lease: Lease) -> bool:
     return all(one.offset + one.length == two.offset for one, two in pairs)
 
 
-def _stitch(lease: Lease, descriptor: int, writable: bool) -> Image:
-    size_bytes = sum(extent.length for extent in lease.extents)
+def _stitch(lease: Lease, descriptor: int, writable: bool, size_bytes: int) -> int:
+    """The extents of a lease side by side; where."""
     address = _mmap(None, size_bytes, False, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)  # reserves the range
     at = address
     try:
@@ -164,9 +219,17 @@ def _stitch(lease: Lease, descriptor: int, writable: bool) -> Image:
     except OSError:
         _libc.munmap(address, size_bytes)
         raise
-    return Image(
-        address=address, size_bytes=size_bytes, segment_address=address, segment_bytes=size_bytes, stitched=True
-    )
+    return address
+
+
+@contextmanager
+def _mapping_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise HearthError(
+            Code.CHECKPOINT_UNAVAILABLE, f"The store's memory cannot be mapped: {error.strerror}."
+        ) from error
 
 
 @contextmanager
@@ -193,9 +256,11 @@ def _mmap(address: int | None, size_bytes: int, writable: bool, flags: int, desc
     return int(mapped)
 
 
-def _populate(address: int, size_bytes: int) -> None:
+def _populate(address: int, size_bytes: int, unwanted: threading.Event) -> None:
     """Fill the page table; ctypes lets go of the interpreter lock meanwhile."""
     step = 64 << 20
     for start in range(0, size_bytes, step):
+        if unwanted.is_set():
+            return
         if _libc.madvise(address + start, min(step, size_bytes - start), _MADV_POPULATE_READ) != 0:
             return  # an old kernel, or memory that is not there: nothing but speed is lost

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from shared.contracts.requests import Prompt, Sampling
 from shared.contracts.residency import Lease
@@ -118,6 +118,13 @@ class Engine(Protocol):
     def cancel(self, sequence_id: str) -> None:
         """Stop a sequence within one step: `SequenceEnd` (CANCELLED). Unknown and ended ids are ignored."""
 
+    def allow_until(self, at: float) -> None:
+        """The parameters are what they should be until monotonic second `at` (`time.monotonic`; infinity: for good).
+
+        No step begins after it, and what a step that was under way then brought is not told, before a later second is
+        allowed: the bytes may have become another checkpoint's.
+        """
+
     def close(self) -> None:
         """Stop the thread, free KV cache and parameters. Live sequences end CANCELLED. Blocks for at most one step."""
 
@@ -162,11 +169,13 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AttachTimes:
-    """Where the seconds of an attach went. `parameters_s`: views (CPU) or copies (CUDA); `total_s` is the sum."""
+    """Where the seconds of an attach went. `parameters_s`: views (CPU) or copies (CUDA); `waited_s`: nothing was left
+    to do but to wait for bytes of an arriving lease; `total_s` is the sum."""
 
     manifest_s: float = 0.0
     skeleton_s: float = 0.0
     parameters_s: float = 0.0
+    waited_s: float = 0.0
     tokenizer_s: float = 0.0
     engine_s: float = 0.0
     total_s: float = 0.0
@@ -200,6 +209,35 @@ class Loaded(Protocol):
         """
 
 
+class LoadWatch(Protocol):
+    """Who follows a load, and may end it. Called on the load's thread; must be quick and must not raise."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the load shall end, as failed, instead of waiting any longer."""
+
+    def arrived(self, done_bytes: int, total_bytes: int) -> None:
+        """So many of the image's bytes are there; told at most ten times a second, while the load waits."""
+
+    def consumed(self, chunks: int) -> None:
+        """The first `chunks` chunks of an image that streams through a window have been taken."""
+
+
+class Unwatched:
+    """Nobody follows. See `LoadWatch`."""
+
+    stopped = False
+
+    def arrived(self, done_bytes: int, total_bytes: int) -> None:
+        """See `LoadWatch`."""
+
+    def consumed(self, chunks: int) -> None:
+        """See `LoadWatch`."""
+
+
+UNWATCHED: Final = Unwatched()
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceFacts:
     """A worker's device. `device` is "cpu" or "cuda:N"; `memory_bytes` what is free on it at start (CPU: all DRAM)."""
@@ -219,6 +257,12 @@ class Loader(Protocol):
     def warm_up(self) -> None:
         """Pay once, before any model is asked for, what the first load would otherwise pay (imports, first kernels)."""
 
+    def prepare(self, segment: str) -> None:
+        """Map the store's shared-memory file ahead of need (and register it with the device), thread-safe.
+
+        A failure costs nothing but the time that the first load then takes more.
+        """
+
     def load(
         self,
         lease: Lease,
@@ -228,14 +272,20 @@ class Loader(Protocol):
         max_context_tokens: int | None,
         sink: Sink,
         engine: str = "auto",
+        watch: LoadWatch = UNWATCHED,
     ) -> Loaded:
         """Attach a checkpoint and start its engine; thread-safe.
+
+        The bytes of a lease may still be arriving (`Lease.arrival`): everything that needs none of them is done
+        meanwhile, and `watch` hears how far they are. An image that comes through a window is copied into memory of
+        this worker's own, and counts in `Loaded.memory_bytes`.
 
         `kv_bytes` bounds the KV cache, `slots` the sequences in one step, `max_context_tokens` the tokens of one
         sequence (None: the model's own limit). `engine` is `auto`, `batching` or `sequential`; `auto` finds out
         whether the architecture can be batched. Raises HearthError: UNSUPPORTED (architecture), CHECKPOINT_CORRUPT
-        (the manifest and the model do not agree), CHECKPOINT_UNAVAILABLE (segment or directory cannot be read),
-        OUT_OF_MEMORY (`kv_bytes` is too small for a single block, or the device is full).
+        (the manifest and the model do not agree), CHECKPOINT_UNAVAILABLE (segment or directory cannot be read, or bytes
+        will not arrive), OUT_OF_MEMORY (`kv_bytes` is too small for a single block, or the device is full), DRAINING
+        (`watch` stopped it).
         """
 
     def close(self) -> None:

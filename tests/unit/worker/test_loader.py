@@ -118,7 +118,7 @@ def test_extents_that_touch_are_one(llama: Path, tmp_path: Path) -> None:
     )
     mappings = Mappings()
     image = mappings.map(msgspec.structs.replace(lease, extents=halves))
-    assert not image.stitched
+    assert not image.owned
     assert image.size_bytes == whole.length
     mappings.release(image)
     mappings.close()
