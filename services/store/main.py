@@ -12,7 +12,7 @@ from pathlib import Path
 from services.store.allocator import Allocator
 from services.store.chunks import ChunkReader
 from services.store.importer import Importer
-from services.store.pool import Pool, remove_stale_pools
+from services.store.pool import Pool
 from services.store.remote import Hub
 from services.store.residency import Residency, trim
 from services.store.service import StoreService
@@ -51,17 +51,23 @@ async def serve(context: Context[StoreSettings]) -> None:
             context.log.warning("checkpoint.dropped", name=one.id, reason="the SSD tier's capacity is smaller now")
             await loop.run_in_executor(None, tier.remove, Path(one.directory))
         shm = Path(settings.shm_dir)
-        for name in remove_stale_pools(shm, prefix=settings.prefix, server_id=settings.server_id):
-            context.log.info("pool.removed", name=name)
         chunk_count = (settings.dram_bytes or default_dram_bytes()) // settings.chunk_bytes
         if chunk_count == 0:
             raise HearthError(
                 Code.INVALID_REQUEST,
                 f"HEARTH_DRAM_BYTES={settings.dram_bytes} is less than one chunk ({settings.chunk_bytes} bytes).",
             )
-        pool_bytes = chunk_count * settings.chunk_bytes
-        make_pool = partial(Pool, shm, prefix=settings.prefix, server_id=settings.server_id, size_bytes=pool_bytes)
+        make_pool = partial(
+            Pool.open,
+            shm,
+            prefix=settings.prefix,
+            server_id=settings.server_id,
+            chunk_bytes=settings.chunk_bytes,
+            chunk_count=chunk_count,
+        )
         pool = await loop.run_in_executor(None, make_pool)
+        for name in pool.removed:
+            context.log.info("pool.removed", name=name)
         try:
             core = Residency(
                 server_id=settings.server_id,
@@ -82,7 +88,7 @@ async def serve(context: Context[StoreSettings]) -> None:
                 await service.start()
                 context.log.info(
                     "store.opened",
-                    dram_bytes=pool.size_bytes,
+                    dram_bytes=pool.data_bytes,
                     ssd_bytes=ssd_bytes,
                     checkpoints=len(stored),
                     segment=str(pool.path),

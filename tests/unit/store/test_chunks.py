@@ -14,7 +14,6 @@ import pytest
 from services.store import chunks
 from services.store.chunks import ChunkReader
 from services.store.importer import Importer
-from services.store.pool import Pool, remove_stale_pools
 from services.store.remote import Hub
 from services.store.tier import SsdTier
 from shared.contracts.manifest import PAGE_BYTES, Manifest
@@ -174,34 +173,3 @@ def test_a_reader_that_is_closing_stops(memory: memoryview, stored: tuple[Path, 
         reader.read(directory, manifest, extents_for(manifest), verify=True, progressed=lambda done: None)
     assert stopped.value.failure.code is Code.DRAINING
     reader.close()
-
-
-# -- the pool
-
-
-def test_pool_is_shared_zeroed_and_unlinked_at_the_end(tmp_path: Path) -> None:
-    pool = Pool(tmp_path, prefix="p", server_id="s", size_bytes=SIZE)
-    assert os.stat(pool.path).st_size == SIZE
-    assert os.stat(pool.path).st_blocks * 512 >= SIZE, "the pool is allocated, not sparse"
-    pool.memory[10:13] = b"abc"
-    assert pool.path.read_bytes()[:14] == bytes(10) + b"abc" + bytes(1)
-    pool.close()
-    assert os.listdir(tmp_path) == []
-
-
-def test_the_pool_of_a_dead_store_is_removed_and_nobody_else_s(tmp_path: Path) -> None:
-    live = Pool(tmp_path, prefix="p", server_id="s", size_bytes=PAGE_BYTES)
-    for name in ("hearth-p-s-0123abcd", "hearth-p-s-2-0123abcd", "hearth-q-s-0123abcd", "other"):
-        (tmp_path / name).write_bytes(b"x")
-    assert remove_stale_pools(tmp_path, prefix="p", server_id="s") == ["hearth-p-s-0123abcd"]
-    assert sorted(os.listdir(tmp_path)) == sorted(
-        ["hearth-p-s-2-0123abcd", "hearth-q-s-0123abcd", "other", live.path.name]
-    )
-    live.close()
-
-
-def test_a_pool_that_does_not_fit_names_both_numbers(tmp_path: Path) -> None:
-    with pytest.raises(HearthError, match=f"needs {2**60} bytes.*HEARTH_DRAM_BYTES") as refused:
-        Pool(tmp_path, prefix="p", server_id="s", size_bytes=2**60)
-    assert refused.value.failure.code is Code.OUT_OF_MEMORY
-    assert os.listdir(tmp_path) == []
