@@ -63,11 +63,8 @@ def bring_in(options: argparse.Namespace) -> int:
                 code = 1
                 return
             bars.end(server_id)
-            took = duration(time.monotonic() - began_s)
-            words = (
-                f"{server_id}: {found.checkpoint_id[:ID_CHARS]} is on the SSD ({described_checkpoint(found)}), {took}"
-            )
-            _say(options, server_id, answer, words)
+            words = f"{server_id}: {found.checkpoint_id[:ID_CHARS]} is in the SSD tier: {described_checkpoint(found)}"
+            _say(options, server_id, answer, f"{words} ({duration(time.monotonic() - began_s)})")
 
         with Bars(*names) as bars, _work_goes_on(names):
             async with asyncio.TaskGroup() as tasks:
@@ -116,7 +113,7 @@ def _work_goes_on(server_ids: list[str]) -> Any:
         yield
     except asyncio.CancelledError:  # Ctrl-C
         where = ", ".join(server_ids)
-        print(f"hearth: {where} goes on with it; hearth ps shows how far it is.", file=sys.stderr, flush=True)
+        print(f"hearth: {where} goes on with it; the same command shows how far it is.", file=sys.stderr, flush=True)
         raise
 
 
@@ -126,12 +123,8 @@ def verify(options: argparse.Namespace) -> int:
     async def act(client: Client, server_id: str, meant: Meant) -> tuple[dict[str, Any], str]:
         answer = await _follow(client, server_id, meant, "verify", {})
         chunks, repaired = (int(answer["verified"].get(name, 0)) for name in ("chunks", "repaired_chunks"))
-        state = (
-            f"{repaired} of {chunks} chunks were corrupt and are repaired"
-            if repaired
-            else f"{chunks} chunks, all sound"
-        )
-        return answer, f"{server_id}: {meant.words} is sound ({state})"
+        words = f"{repaired} of its {chunks} chunks were corrupt and are repaired" if repaired else f"{chunks} chunks"
+        return answer, f"{server_id}: {meant.words} is sound ({words})"
 
     return _on_one(options, act)
 
