@@ -64,7 +64,7 @@ def _servers_of(view: ClusterView) -> list[ServerRecord]:
 
 def _deployments(view: ClusterView) -> RenderableType:
     if not view.deployments:
-        return Text("no deployments (hearth deploy NAME --source DIR|hf:ORG/NAME)\n", style="dim")
+        return Text("no deployments (hearth deploy NAME --source DIR|hf:ORG/NAME|URL)\n", style="dim")
     table = _table("deployments", "name", "state", "model", "replicas", "queue", "resident", right=("queue",))
     for record in sorted(view.deployments, key=lambda record: record.spec.name):
         found = record.checkpoint
