@@ -17,7 +17,7 @@ from services.store.sources import redact, split_object
 from shared.errors import Code, HearthError
 
 if TYPE_CHECKING:
-    from obstore.store import ClientConfig, ObjectStore, RetryConfig
+    from obstore.store import ObjectStore, RetryConfig
 
 CONNECT_TIMEOUT_S: Final = 5.0
 READ_TIMEOUT_S: Final = 15.0  # silence of a server in the middle of a body, or before an answer
@@ -40,17 +40,24 @@ def open_store(url: str, options: ObjectOptions, *, connections: int, uploading:
     for options that the store does not know, and `forbidden` for http:// that nobody allowed.
     """
     scheme, authority, path = split_object(url)
-    client: dict[str, Any] = {
-        "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT_S),
-        "read_timeout": timedelta(seconds=UPLOAD_TIMEOUT_S if uploading else READ_TIMEOUT_S),
-        "timeout": timedelta(seconds=REQUEST_TIMEOUT_S),
+    limits = {
+        "connect_timeout": f"{CONNECT_TIMEOUT_S:.0f}s",
+        "read_timeout": f"{UPLOAD_TIMEOUT_S if uploading else READ_TIMEOUT_S:.0f}s",
+        "timeout": f"{REQUEST_TIMEOUT_S:.0f}s",
         "pool_max_idle_per_host": str(connections),
-        **options.client,
     }
-    if scheme == "http" and client.get("allow_http") is not True:
+    common: dict[str, Any] = dict(options.store)
+    if options.client or scheme in {"http", "https"}:
+        common["client_options"] = {**limits, **options.client}
+    else:
+        common = {
+            **limits,
+            **common,
+        }  # beside `client_options`, the environment's (AWS_ALLOW_HTTP, …) would not be read
+    if scheme == "http" and options.client.get("allow_http") is not True:
         raise HearthError(Code.FORBIDDEN, f"{redact(url)} is not encrypted; {_ALLOW_HTTP}.")
     try:
-        return _open(scheme, authority, path, url, dict(options.store), client)
+        return _open(scheme, authority, path, url, common)
     except (exceptions.BaseError, ValueError, TypeError) as error:
         # The library's text names the option, and for some the value too, which may be a secret.
         key = re.search(r"(?:Configuration key: '|Invalid key: )(\w{1,64})", str(error))
@@ -58,19 +65,15 @@ def open_store(url: str, options: ObjectOptions, *, connections: int, uploading:
         raise HearthError(Code.INVALID_REQUEST, f"{CONFIG_VARIABLE} for {redact(url)}: {reason}.") from None
 
 
-def _open(
-    scheme: str, authority: str, path: str, url: str, options: dict[str, Any], client: ClientConfig | dict[str, Any]
-) -> ObjectStore:
-    common: dict[str, Any] = {"client_options": client, "retry_config": RETRY, "prefix": path or None}
-    if scheme == "s3":
-        return S3Store(authority, **{**options, **common})
-    if scheme == "gs":
-        return GCSStore(authority, **{**options, **common})
-    if scheme == "az":
-        return AzureStore(authority, **{**options, **common})
-    if options:
-        raise exceptions.UnknownConfigurationKeyError(f"Configuration key: '{min(options)}'")
-    return HTTPStore(url, client_options=common["client_options"], retry_config=RETRY)
+def _open(scheme: str, authority: str, path: str, url: str, options: dict[str, Any]) -> ObjectStore:
+    if scheme in {"http", "https"}:
+        client = options.pop("client_options")
+        if options:
+            raise exceptions.UnknownConfigurationKeyError(f"Configuration key: '{min(options)}'")
+        return HTTPStore(url, client_options=client, retry_config=RETRY)
+    kinds: dict[str, Any] = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}
+    opened: ObjectStore = kinds[scheme](authority, **{**options, "prefix": path or None, "retry_config": RETRY})
+    return opened
 
 
 def open_directory_store(directory: str) -> ObjectStore:

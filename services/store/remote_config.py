@@ -16,22 +16,21 @@ from shared.errors import Code, HearthError
 VARIABLE: Final = "HEARTH_REMOTE_CONFIG"
 LIMIT_BYTES: Final = 2**20
 CLIENT: Final = "client_options"
-_NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectOptions:
     """What one object store is told: `store` are obstore's options of its kind, `client` those of its HTTP client."""
 
-    store: Mapping[str, Any] = field(default=_NOTHING, repr=False)
-    client: Mapping[str, Any] = field(default=_NOTHING, repr=False)
+    store: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    client: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteConfig:
     """Options by the beginning of a url. Its `repr` shows no option: they hold secrets."""
 
-    by_start: Mapping[str, ObjectOptions] = field(default=_NOTHING, repr=False)
+    by_start: Mapping[str, ObjectOptions] = field(default_factory=dict, repr=False)
 
     def options(self, url: str) -> ObjectOptions:
         """The options of the longest beginning under which a normalised url lies; none if there is no such."""
