@@ -80,8 +80,9 @@ def check_source(source: Source) -> Source:
 def check_url(url: str, field: str, kinds: tuple[str, ...]) -> str:
     """The url itself if it begins as one of `kinds` and carries no secret. Raises `HearthError`."""
     if not url.startswith(kinds) or len(url) > _SOURCE_CHARS or not url.isprintable():
-        names = [{"/": "an absolute directory", "hf:": "hf:ORG/NAME"}.get(kind, f"{kind}…") for kind in kinds]
-        raise bad(f"{field} must be {', '.join(names[:-1])} or {names[-1]}.", field)
+        names = [words for kind, words in (("/", "an absolute directory"), ("hf:", "hf:ORG/NAME")) if kind in kinds]
+        stores = f"a URL beginning with {', '.join(OBJECT_STORES[:-1])} or {OBJECT_STORES[-1]}"
+        raise bad(f"{field} must be {', '.join(names)} or {stores}.", field)
     if url.startswith(OBJECT_STORES):
         try:
             parts = urlsplit(url)
