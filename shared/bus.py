@@ -47,6 +47,10 @@ QUEUE_MAX_AGE_S: Final = 24 * 3600.0
 MAX_ACK_PENDING: Final = 65_536
 
 
+class Unserved(HearthError):
+    """Unavailable, as nobody at all serves the subject: whoever did is gone, or not there yet."""
+
+
 class Reply(Generic[R]):
     """The handle by which one call is answered, once; later answers are ignored."""
 
@@ -268,8 +272,8 @@ class Bus:
     async def call(self, endpoint: Endpoint[Q, R], message: Q, *, extra_s: float = 0.0, **ids: str) -> R:
         """Ask and wait for the answer.
 
-        Raises `HearthError`: the peer's own failure, or unavailable when nobody serves the subject or nobody answers
-        within the endpoint's timeout plus `extra_s` seconds.
+        Raises `HearthError`: the peer's own failure, or unavailable when nobody serves the subject (`Unserved`) or
+        nobody answers within the endpoint's timeout plus `extra_s` seconds.
         """
         subject = endpoint.subject(**ids)
         try:
@@ -279,7 +283,7 @@ class Bus:
                 timeout=endpoint.timeout_s + extra_s,
             )
         except nats.errors.NoRespondersError as error:
-            raise HearthError(Code.UNAVAILABLE, f"Nobody serves {subject}.") from error
+            raise Unserved(Code.UNAVAILABLE, f"Nobody serves {subject}.") from error
         except (nats.errors.Error, TimeoutError, asyncio.CancelledError) as error:
             task = asyncio.current_task()
             wanted = not self.client.is_closed or (task is not None and task.cancelling() > 0)

@@ -8,6 +8,7 @@ queue's acknowledgement follows the request's end, never precedes it.
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, assert_never
@@ -22,11 +23,12 @@ from shared.contracts.generation import End, FinishReason, Frame, FrameBatch, Le
 from shared.contracts.placement import LoadReplica, ReplicaFailed, StopReplica
 from shared.contracts.records import ReplicaRecord, ReplicaState
 from shared.contracts.requests import Cancel, Claim, Claimed, Gone, Request
-from shared.contracts.residency import Done, Renewed
+from shared.contracts.residency import Done
 from shared.errors import Code, Failure
 
 CLAIM_RETRIES_S: Final = (0.2, 0.5, 1.0)
 GATEWAY_AWAY_S: Final = 3.0  # until a request whose gateway does not answer is handed out again
+RENEW_AGAIN_S: Final = 1.0  # after a renewal that the store did not answer
 # The gateway ends a request whose budget is spent; the worker does so itself only if no cancel has come by then.
 BUDGET_GRACE_S: Final = 2.0
 
@@ -109,6 +111,12 @@ class WorkerCore:
         self._beat_at: float | None = None
         self._renew_at: float | None = None
         self._renewing = False
+        self._renewal: tuple[float, tuple[str, ...]] = (0.0, ())  # when it was asked, for which leases
+        self._bus_away = False
+        self._bus_back_at = -math.inf
+        self._segment = ""
+        self._looking = False
+        self._look_again = False
 
     # -- what the shell asks
 
@@ -198,7 +206,22 @@ class WorkerCore:
                 free = self.limits.memory_total_bytes - self.memory_used_bytes + replica.memory_bytes
                 return replica.lease_answered(event.answer, now, free_bytes=free)
             case e.LeasesRenewed():
-                return self._renewed(event.answer, now)
+                return self._renewed(event, now)
+            case e.BusLost():
+                self._bus_away = True
+                return []
+            case e.BusBack():
+                return self._bus_back(now)
+            case e.ServerChanged():
+                return self._server_changed(event.server_id)
+            case e.ServerSeen():
+                return self._server_seen(event.segment)
+            case e.SegmentPrepared():
+                return []
+            case e.AttachProgressed():
+                return self.replicas[event.replica_id].attach_progressed(event.done_bytes, event.total_bytes, now)
+            case e.ChunksConsumed():
+                return self.replicas[event.replica_id].chunks_consumed(event.chunks)
             case e.Attached():
                 return self.replicas[event.replica_id].attached(event.loaded, now)
             case e.AttachFailed():
@@ -231,6 +254,7 @@ class WorkerCore:
             engine=self.limits.engine or message.engine or "auto",
             keeps_lease=not self.limits.weights_on_device,
             kv_bytes_max=self.limits.kv_bytes_max,
+            lease_ttl_s=self.limits.lease_ttl_s,
             now=now,
         )
         self.replicas[replica.id] = replica
@@ -293,18 +317,79 @@ class WorkerCore:
         self._give_back_at = now + self.limits.drain_s
         return [action for replica in self.replicas.values() for action in replica.leave(now)]
 
-    def _renewed(self, answer: Renewed | Failure, now: float) -> list[e.Action]:
+    def _renewed(self, event: e.LeasesRenewed, now: float) -> list[e.Action]:
         self._renewing = False
-        if isinstance(answer, Failure):  # the store is away: the bytes stay mapped; ask again at the next turn
-            return []
+        asked_at, asked = self._renewal
+        answer = event.answer
+        if isinstance(answer, Failure):
+            self._renew_at = now + min(RENEW_AGAIN_S, self.limits.lease_ttl_s / 3)
+            return self._unrenewed(event.unserved, asked_at, asked, answer, now)
         actions: list[e.Action] = []
-        lost = set(answer.unknown)
-        for replica in list(self.replicas.values()):
-            if replica.leased and replica.lease is not None and replica.lease.lease_id in lost:
+        for replica in self._leasing(asked):
+            assert replica.lease is not None
+            if replica.lease.lease_id in answer.unknown:
                 # Its bytes may become another checkpoint's at any moment: not one more token from them.
-                failure = Failure(code=Code.CHECKPOINT_UNAVAILABLE, message="The store has dropped the lease.")
-                actions += replica.fail(failure, now)
-                actions += self._give_back_all(replica, now)
+                actions += self._lose(replica, "The store has dropped the lease.", now)
+            else:
+                actions += replica.renewed(asked_at + self.limits.lease_ttl_s)
+        return actions
+
+    def _unrenewed(
+        self, unserved: bool, asked_at: float, asked: tuple[str, ...], failure: Failure, now: float
+    ) -> list[e.Action]:
+        """The store did not answer. The bytes stay mapped, and it is asked again and again.
+
+        While no store is on the bus nobody can drop a lease, and one that comes back keeps those that it has promised
+        for a whole `ttl_s`: that is as good as a renewal. A store that is there but silent may have dropped it: engines
+        stand still from the end of the lease on (`AllowEngine`), and after the same time once more their requests go
+        elsewhere. While this worker itself is cut off it waits, as nobody would hear it anyway. Only what waits for
+        bytes to arrive has nothing to stand on without a store.
+        """
+        ttl_s = self.limits.lease_ttl_s
+        actions: list[e.Action] = []
+        for replica in self._leasing(asked):
+            lost_at = max(replica.safe_until, self._bus_back_at) + (0.0 if replica.arriving else ttl_s)
+            if unserved and not replica.arriving:
+                actions += replica.renewed(max(replica.safe_until, asked_at + ttl_s))
+            elif now >= lost_at and not self._bus_away:
+                reason = f"The store has not renewed the lease within {ttl_s:g} s: {failure.message}"
+                actions += self._lose(replica, reason, now)
+        return actions
+
+    def _leasing(self, lease_ids: tuple[str, ...]) -> list[Replica]:
+        return [r for r in self.replicas.values() if r.leased and r.lease is not None and r.lease.lease_id in lease_ids]
+
+    def _lose(self, replica: Replica, reason: str, now: float) -> list[e.Action]:
+        failure = Failure(code=Code.CHECKPOINT_UNAVAILABLE, message=reason)
+        return [*replica.fail(failure, now), *self._give_back_all(replica, now)]
+
+    def _bus_back(self, now: float) -> list[e.Action]:
+        self._bus_away, self._bus_back_at = False, now
+        if self._renew_at is not None:
+            self._renew_at = now
+        return self._look()
+
+    # -- the server's memory
+
+    def _server_changed(self, server_id: str) -> list[e.Action]:
+        return self._look() if server_id == self.limits.server_id else []
+
+    def _look(self) -> list[e.Action]:
+        if self._looking:
+            self._look_again = True
+            return []
+        self._looking = True
+        return [e.LookAtServer()]
+
+    def _server_seen(self, segment: str) -> list[e.Action]:
+        self._looking = False
+        actions: list[e.Action] = []
+        if segment and segment != self._segment:
+            self._segment = segment
+            actions.append(e.PrepareSegment(segment))
+        if self._look_again:
+            self._look_again = False
+            actions += self._look()
         return actions
 
     def _leases(self) -> tuple[str, ...]:
@@ -584,7 +669,8 @@ class WorkerCore:
                 actions.append(e.InProgress(tuple(self.runs)))
         if self._renew_at is not None and self._renew_at <= now:
             self._renew_at, self._renewing = None, True
-            actions.append(e.RenewLeases(self._leases()))
+            self._renewal = (now, self._leases())
+            actions.append(e.RenewLeases(self._renewal[1]))
         if self._give_back_at is not None and self._give_back_at <= now:
             self._give_back_at = None
             for replica in list(self.replicas.values()):

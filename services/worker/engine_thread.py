@@ -7,8 +7,10 @@ every sequence and is told once.
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -75,17 +77,20 @@ class ThreadedEngine:
         *,
         failure_of: Callable[[BaseException], Failure] | None = None,
         name: str = "engine",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stepper: Stepper | None = stepper
         self._name, self._slots, self._max_sequence_tokens = stepper.name, stepper.slots, stepper.max_sequence_tokens
         self._vocab_tokens, self._eos_token_ids = stepper.vocab_tokens, stepper.eos_token_ids
         self._sink = sink
         self._failure_of = failure_of or _internal
+        self._clock = clock
         self._changed = threading.Condition()
         # Guarded by `_changed`: commands in order, ids from submission to end, and how it all ends.
         self._commands: list[Submission | str] = []
         self._live: set[str] = set()
         self._closing = False
+        self._allowed_until = math.inf
         self._dead: Failure | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -142,6 +147,12 @@ class ThreadedEngine:
             if sequence_id in self._live:
                 self._commands.append(sequence_id)
                 self._changed.notify()
+
+    def allow_until(self, at: float) -> None:
+        """See `Engine`."""
+        with self._changed:
+            self._allowed_until = at
+            self._changed.notify()
 
     def close(self) -> None:
         """See `Engine`."""
@@ -212,10 +223,26 @@ class ThreadedEngine:
             if events:
                 self._tell(events)
             if running:
+                if self._clock() >= self._allowed_until and not self._allowed():
+                    continue  # a command came, or the end
                 events = stepper.step()
+                # A pause in the middle of the step: its tokens count only if the bytes are found to be the same still.
+                while self._clock() >= self._allowed_until:
+                    if not self._allowed(whatever_comes=True):
+                        return
                 running.difference_update(event.sequence_id for event in events if isinstance(event, SequenceEnd))
                 if events:
                     self._tell(events)
+
+    def _allowed(self, *, whatever_comes: bool = False) -> bool:
+        """Stand still until a step may begin; False if the engine is closed before, or (but for `whatever_comes`) told
+        something else."""
+        with self._changed:
+            while self._clock() >= self._allowed_until:
+                if self._closing or (self._commands and not whatever_comes):
+                    return False
+                self._changed.wait()
+        return True
 
     def _tell(self, events: list[EngineEvent]) -> None:
         ended = [event.sequence_id for event in events if isinstance(event, SequenceEnd)]

@@ -13,7 +13,7 @@ from services.worker.ports import Engine, EngineEvent, Loaded, Tokenizer
 from shared.contracts.generation import FrameBatch
 from shared.contracts.placement import LoadReplica, ReplicaFailed, StopReplica
 from shared.contracts.requests import Cancel, Claim, Claimed, Gone, Request, Sampling
-from shared.contracts.residency import Done, Lease, LoadProgress, Progress, Release, Renewed
+from shared.contracts.residency import Consumed, Done, Lease, LoadProgress, Progress, Release, Renewed
 from shared.errors import Failure
 
 Reply = Callable[[Done | Failure], None]
@@ -63,9 +63,56 @@ class LeaseAnswered:
 
 @dataclass(frozen=True, slots=True)
 class LeasesRenewed:
-    """The store's answer to a renewal."""
+    """The store's answer to a renewal. `unserved`: there is no store on the bus that could have answered."""
 
     answer: Renewed | Failure
+    unserved: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BusLost:
+    """The bus is away: nothing that is asked is answered."""
+
+
+@dataclass(frozen=True, slots=True)
+class BusBack:
+    """The bus is there again."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerChanged:
+    """The record of some server changed, or may have."""
+
+    server_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSeen:
+    """What this worker's server says about its pool: the segment's path, "" if nothing is known."""
+
+    segment: str
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentPrepared:
+    """The segment is mapped, or could not be."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttachProgressed:
+    """So many of the bytes of a lease that is being attached have arrived."""
+
+    replica_id: str
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunksConsumed:
+    """The first `chunks` chunks of an image that streams through a window have been taken."""
+
+    replica_id: str
+    chunks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +224,13 @@ Event = (
     | DrainAsked
     | LeaseAnswered
     | LeasesRenewed
+    | BusLost
+    | BusBack
+    | ServerChanged
+    | ServerSeen
+    | SegmentPrepared
+    | AttachProgressed
+    | ChunksConsumed
     | Attached
     | AttachFailed
     | Detached
@@ -297,6 +351,28 @@ class ReleaseLease:
 
 
 @dataclass(frozen=True, slots=True)
+class PublishConsumed:
+    """Tell the store that places in a window are free again."""
+
+    message: Consumed
+
+
+@dataclass(frozen=True, slots=True)
+class AllowEngine:
+    """The engine may use its lease's bytes until monotonic second `until`, and not a step longer."""
+
+    engine: Engine
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class StopAttach:
+    """Nobody needs this load any more: it shall not wait for bytes."""
+
+    replica_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class LoadFinished:
     """A replica is ready: the parts of its cold start, for log and metrics."""
 
@@ -357,6 +433,18 @@ class RenewLeases:
     """Ask the store to keep these leases."""
 
     lease_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LookAtServer:
+    """Read the record of this worker's server."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareSegment:
+    """Map the store's memory ahead of need, on a thread."""
+
+    segment: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -432,10 +520,28 @@ Tell = (
     | PublishProgress
     | PublishFailed
     | ReleaseLease
+    | PublishConsumed
+    | AllowEngine
+    | StopAttach
     | LoadFinished
     | RequestFinished
     | Drained
 )
-Do = AcquireLease | RenewLeases | Attach | Detach | OpenPuller | ClosePuller | ClaimRequest | Tokenise | RemoveRecord
-LONG = (AcquireLease, RenewLeases, Attach, Detach, OpenPuller, ClosePuller, ClaimRequest, Tokenise, RemoveRecord)
+Do = (
+    AcquireLease
+    | RenewLeases
+    | LookAtServer
+    | PrepareSegment
+    | Attach
+    | Detach
+    | OpenPuller
+    | ClosePuller
+    | ClaimRequest
+    | Tokenise
+    | RemoveRecord
+)
+LONG = (
+    AcquireLease, RenewLeases, LookAtServer, PrepareSegment, Attach, Detach, OpenPuller, ClosePuller, ClaimRequest,
+    Tokenise, RemoveRecord,
+)  # fmt: skip
 Action = Tell | Do

@@ -12,10 +12,12 @@ from typing import Final
 
 from services.worker.engine_thread import Submission, ThreadedEngine
 from services.worker.ports import (
+    UNWATCHED,
     AttachTimes,
     DeviceFacts,
     EndReason,
     EngineEvent,
+    LoadWatch,
     PositionLogprobs,
     SequenceEnd,
     Sink,
@@ -150,6 +152,9 @@ class NullLoader:
     def warm_up(self) -> None:
         """See `Loader`."""
 
+    def prepare(self, segment: str) -> None:
+        """See `Loader`."""
+
     def load(
         self,
         lease: Lease,
@@ -159,6 +164,7 @@ class NullLoader:
         max_context_tokens: int | None,
         sink: Sink,
         engine: str = "auto",
+        watch: LoadWatch = UNWATCHED,
     ) -> NullLoaded:
         """See `Loader`."""
         limit = min(max_context_tokens or CONTEXT_TOKENS, CONTEXT_TOKENS)

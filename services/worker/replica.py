@@ -7,22 +7,27 @@ back, and the record goes last: as long as it exists, so may memory and lease.
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
+from services.worker.arrival import image_bytes, streams
 from services.worker.events import (
     AcquireLease,
     Action,
+    AllowEngine,
     Attach,
     ClosePuller,
     Detach,
     LoadFinished,
     OpenPuller,
+    PublishConsumed,
     PublishProgress,
     Puller,
     RecordReplica,
     RecordWorker,
     ReleaseLease,
     RemoveRecord,
+    StopAttach,
     Want,
 )
 from services.worker.ports import Loaded
@@ -31,7 +36,7 @@ from shared.capacity import context_tokens, kv_cache_bytes
 from shared.contracts.generation import Ledger
 from shared.contracts.placement import LoadReplica, StopReplica
 from shared.contracts.records import ReplicaRecord, ReplicaState
-from shared.contracts.residency import Checkpoint, Lease, LoadProgress, Progress, Release
+from shared.contracts.residency import Consumed, Lease, LoadProgress, Progress, Release
 from shared.errors import Code, Failure
 
 ACQUIRE_TRIES: Final = 6  # in a row without any answer from the store: about 6 s, then the load has failed
@@ -39,7 +44,10 @@ RECORD_INTERVAL_S: Final = 0.2  # at most so often does a replica that falls idl
 
 
 class Replica:
-    """A model on its way into this worker, in it, or on its way out. `reserved_bytes` is what it may take of memory."""
+    """A model on its way into this worker, in it, or on its way out. `reserved_bytes` is what it may take of memory.
+
+    `safe_until` is the monotonic second until which the store keeps its lease whatever happens.
+    """
 
     def __init__(
         self,
@@ -51,6 +59,7 @@ class Replica:
         engine: str,
         keeps_lease: bool,
         kv_bytes_max: int,
+        lease_ttl_s: float,
         now: float,
     ) -> None:
         self.message: Final = message
@@ -62,6 +71,7 @@ class Replica:
         self.loaded: Loaded | None = None
         self.lease: Lease | None = None
         self.leased = False
+        self.safe_until = math.inf
         self.puller: Puller | None = None
         self.held: dict[str, None] = {}
         self.wanted = 0
@@ -74,7 +84,11 @@ class Replica:
         self.in_flight: dict[str, None] = {}
         self.progress = Progress(phase="queued")
         self._engine: Final = engine
-        self._keeps_lease: Final = keeps_lease
+        self._keeps_lease = keeps_lease
+        self._lease_ttl_s: Final = lease_ttl_s
+        self._lease_asked_at = now
+        self._waited_s = 0.0
+        self._arriving_from: tuple[float, int] | None = None
         self._kv_bytes_max: Final = kv_bytes_max
         self._recorded_at = now
         self._worker_id: Final = worker_id
@@ -98,6 +112,7 @@ class Replica:
         """The load starts. The queue is opened meanwhile, so that readiness costs no round trip."""
         self._flying("lease")
         self._flying("open")
+        self._lease_asked_at = self.asked_at
         return [
             RecordReplica(self.id),
             RecordWorker(),
@@ -111,24 +126,24 @@ class Replica:
         match answer:
             case Lease():
                 self.lease, self.leased = answer, True
+                self.safe_until = self._lease_asked_at + self._lease_ttl_s
                 if self.state is ReplicaState.LOADING:
-                    refused = self._settle(answer.checkpoint, free_bytes)
+                    refused = self._settle(answer, free_bytes)
                     if refused is not None:
                         return self.fail(refused, now)
                     self._attach_from = now
-                    self.progress = Progress(phase="attaching")  # how far it is, nobody measures
                     self._flying("attach")
-                    told = LoadProgress(deployment=self.message.slug, server_id=self._server_id, progress=self.progress)
-                    return [
-                        Attach(self.message, answer, self._engine, self.kv_bytes),
-                        PublishProgress(self.message.slug, told),
-                        RecordReplica(self.id),
-                    ]
+                    if answer.arrival is None:
+                        self.progress = Progress(phase="attaching")  # how far it is, nobody measures
+                    else:
+                        self.progress = Progress(phase="reading", total_bytes=answer.arrival.image_bytes)
+                    return [Attach(self.message, answer, self._engine, self.kv_bytes), *self._tell_progress()]
             case Progress():
                 self._tries = 0
                 self.progress = answer
                 if self.state is ReplicaState.LOADING:
                     self._flying("lease")
+                    self._lease_asked_at = now
                     return [AcquireLease(self.message)]
             case Failure():
                 if self.state is ReplicaState.LOADING:
@@ -138,30 +153,78 @@ class Replica:
                     self.retry_at = now + delay_s(self._tries)
         return self.advance(now)
 
-    def _settle(self, checkpoint: Checkpoint, free_bytes: int) -> Failure | None:
-        """Settle what a lazy load left open: who commanded it did not know the checkpoint."""
-        if self.kv_bytes:
-            return None
-        self.kv_bytes = kv_cache_bytes(
-            kv_bytes_per_token=checkpoint.kv_bytes_per_token,
-            slots=self.message.slots,
-            max_context_tokens=context_tokens(checkpoint.max_context_tokens, self.message.max_context_tokens or None),
-            most_bytes=self._kv_bytes_max,
-        )
-        needed = self.kv_bytes + (0 if self._keeps_lease else checkpoint.weight_bytes)
+    def _settle(self, lease: Lease, free_bytes: int) -> Failure | None:
+        """Settle what was open before the lease: the KV cache of a lazy load, whose commander did not know the
+        checkpoint; and memory for the parameters of a model that only streams through the pool."""
+        checkpoint = lease.checkpoint
+        needed = self.reserved_bytes
+        if not self.kv_bytes:
+            self.kv_bytes = kv_cache_bytes(
+                kv_bytes_per_token=checkpoint.kv_bytes_per_token,
+                slots=self.message.slots,
+                max_context_tokens=context_tokens(
+                    checkpoint.max_context_tokens, self.message.max_context_tokens or None
+                ),
+                most_bytes=self._kv_bytes_max,
+            )
+            needed = self.kv_bytes + (0 if self._keeps_lease else checkpoint.weight_bytes)
+        if self._keeps_lease and streams(lease):
+            self._keeps_lease = False
+            needed += image_bytes(lease)
         if needed > free_bytes:
             message = f"{needed} bytes are needed and worker {self._worker_id} has {free_bytes} bytes free."
             return Failure(code=Code.OUT_OF_MEMORY, message=message)
         self.reserved_bytes = needed
         return None
 
+    def renewed(self, safe_until: float) -> list[Action]:
+        """The store keeps the lease at least until then."""
+        self.safe_until = safe_until
+        return self._allow()
+
+    def _allow(self) -> list[Action]:
+        if self.loaded is None or not self._keeps_lease:
+            return []
+        return [AllowEngine(self.loaded.engine, self.safe_until)]
+
+    def attach_progressed(self, done_bytes: int, total_bytes: int, now: float) -> list[Action]:
+        """So many bytes have arrived."""
+        if self.state is not ReplicaState.LOADING or "attach" not in self.in_flight:
+            return []
+        if self._arriving_from is None:
+            self._arriving_from = (now, done_bytes)
+        since, before = self._arriving_from
+        rate = (done_bytes - before) / (now - since) if now > since else 0.0
+        if done_bytes >= total_bytes:
+            self.progress = Progress(phase="attaching")
+        else:
+            self.progress = Progress(
+                phase="reading",
+                done_bytes=done_bytes,
+                total_bytes=total_bytes,
+                eta_s=(total_bytes - done_bytes) / rate if rate > 0 else None,
+            )
+        return self._tell_progress()
+
+    def _tell_progress(self) -> list[Action]:
+        told = LoadProgress(deployment=self.message.slug, server_id=self._server_id, progress=self.progress)
+        return [PublishProgress(self.message.slug, told), RecordReplica(self.id)]
+
+    def chunks_consumed(self, chunks: int) -> list[Action]:
+        """So many chunks of a window have been taken."""
+        if self.lease is None or not self.leased:
+            return []
+        message = Consumed(holder=self._worker_id, lease_id=self.lease.lease_id, chunks=chunks)
+        return [PublishConsumed(message)]
+
     def attached(self, loaded: Loaded, now: float) -> list[Action]:
         """The model answers."""
         self._landed("attach")
         self.loaded = loaded
-        self._attach_s = now - self._attach_from
-        # A device with memory of its own has its copy now; the store may make room.
-        return [*([] if self._keeps_lease else self._release()), *self.advance(now)]
+        self._waited_s = loaded.times.waited_s
+        self._attach_s = max(0.0, now - self._attach_from - self._waited_s)
+        # Who has a copy of its own does not need the store's any more; the store may make room.
+        return [*self._allow(), *([] if self._keeps_lease else self._release()), *self.advance(now)]
 
     def attach_failed(self, failure: Failure, now: float) -> list[Action]:
         """The model cannot be attached."""
@@ -223,7 +286,8 @@ class Replica:
             return self.advance(now)
         self.state = ReplicaState.DRAINING
         self.retry_at = None
-        return [RecordReplica(self.id), *self.advance(now)]
+        stop: list[Action] = [StopAttach(self.id)] if "attach" in self.in_flight else []
+        return [*stop, RecordReplica(self.id), *self.advance(now)]
 
     def fail(self, failure: Failure, now: float) -> list[Action]:
         """It cannot go on, and the scheduler will hear why. Requests in it are the core's business."""
@@ -277,12 +341,17 @@ class Replica:
             queue_s=waited_s,
             decision_s=self.message.decision_s,
             import_s=lease.import_s,
-            read_s=lease.read_s,
+            read_s=lease.read_s + self._waited_s,
             attach_s=self._attach_s,
             remote_bytes=lease.remote_bytes,
             ssd_bytes=lease.ssd_bytes,
             dram_bytes=lease.dram_bytes,
         )
+
+    @property
+    def arriving(self) -> bool:
+        """Whether it waits for bytes that only the store can bring."""
+        return "attach" in self.in_flight and self.lease is not None and self.lease.arrival is not None
 
     @property
     def gone(self) -> bool:
@@ -321,6 +390,7 @@ class Replica:
             return []
         self.retry_at = None
         self._flying("lease")
+        self._lease_asked_at = now
         return [AcquireLease(self.message)]
 
     def _go(self) -> list[Action]:
@@ -357,7 +427,7 @@ class Replica:
             tier=self.lease.tier,
             decision_s=self.message.decision_s,
             import_s=self.lease.import_s,
-            read_s=self.lease.read_s,
+            read_s=self.lease.read_s + self._waited_s,
             attach_s=self._attach_s,
             total_s=now - self.asked_at,
             weight_bytes=self.lease.checkpoint.weight_bytes,

@@ -15,17 +15,32 @@ from services.worker import events as e
 from services.worker.core import WorkerCore
 from services.worker.generation import encode
 from services.worker.ports import DeviceFacts, EngineEvent, Loader
-from shared.bus import Delivery, Reply
+from shared.bus import Delivery, Reply, Unserved
+from shared.contracts.events import RecordChanged
 from shared.contracts.placement import LoadReplica, StopReplica
-from shared.contracts.records import Phase, ReplicaRecord, ReplicaState, WorkerRecord
+from shared.contracts.records import Phase, ReplicaRecord, ReplicaState, ServerRecord, WorkerRecord
 from shared.contracts.requests import Cancel, ChatPrompt, Request, TextPrompt, TokensPrompt
-from shared.contracts.residency import Acquire, Checkpoint, Done, Lease, Progress, Release, Renew, Renewed
+from shared.contracts.residency import Acquire, Checkpoint, Consumed, Done, Lease, Progress, Release, Renew, Renewed
 from shared.driver import Driver
 from shared.errors import Code, Failure, HearthError
 from shared.lifecycle import Context, Heartbeat
 from shared.metrics import LATENCY_BUCKETS_S
+from shared.registry import record_kind
 from shared.settings import WorkerSettings
-from shared.subjects import ACQUIRE, CANCEL, CLAIM, FRAMES, LOAD, LOAD_PROGRESS, RELEASE, RENEW, REPLICA_FAILED, STOP
+from shared.subjects import (
+    ACQUIRE,
+    CANCEL,
+    CLAIM,
+    CONSUMED,
+    FRAMES,
+    LOAD,
+    LOAD_PROGRESS,
+    RECORD_CHANGED,
+    RELEASE,
+    RENEW,
+    REPLICA_FAILED,
+    STOP,
+)
 
 T = TypeVar("T")
 
@@ -71,6 +86,9 @@ class Leases(Protocol):
     def release(self, message: Release) -> None:
         """Give one back."""
 
+    def consumed(self, message: Consumed) -> None:
+        """Free places in a window."""
+
 
 class StoreLeases:
     """Leases of this server's store."""
@@ -89,6 +107,7 @@ class StoreLeases:
             ttl_s=self._ttl_s,
             deployment=message.slug,
             wait_s=POLL_S,
+            arriving=True,
         )
         return await self._context.bus.call(ACQUIRE, asked, server_id=self._server_id, extra_s=POLL_S)
 
@@ -100,6 +119,10 @@ class StoreLeases:
     def release(self, message: Release) -> None:
         """See `Leases`."""
         self._context.bus.publish(RELEASE, message, server_id=self._server_id)
+
+    def consumed(self, message: Consumed) -> None:
+        """See `Leases`."""
+        self._context.bus.publish(CONSUMED, message, server_id=self._server_id)
 
 
 class NoLeases:
@@ -135,6 +158,26 @@ class NoLeases:
     def release(self, message: Release) -> None:
         """See `Leases`."""
 
+    def consumed(self, message: Consumed) -> None:
+        """See `Leases`."""
+
+
+class AttachWatch:
+    """Carries what a load says on its thread to the driver, and the wish to stop it the other way. See `LoadWatch`."""
+
+    def __init__(self, driver: Driver[e.Event, e.Action], replica_id: str) -> None:
+        self.stopped = False
+        self._driver = driver
+        self._id = replica_id
+
+    def arrived(self, done_bytes: int, total_bytes: int) -> None:
+        """See `LoadWatch`."""
+        self._driver.post_threadsafe(e.AttachProgressed(self._id, done_bytes, total_bytes))
+
+    def consumed(self, chunks: int) -> None:
+        """See `LoadWatch`."""
+        self._driver.post_threadsafe(e.ChunksConsumed(self._id, chunks))
+
 
 class WorkerShell:
     """Carries out what the core wants. `loader` and `leases` are the wiring's choice."""
@@ -157,9 +200,11 @@ class WorkerShell:
         self._leases = leases
         self._device = device
         self._beats: dict[str, Heartbeat] = {}
+        self._watches: dict[str, AttachWatch] = {}
         # One thread per replica, so that closing one never waits for another's load; and prompts wait for neither.
         self._load_threads = ThreadPoolExecutor(core.limits.max_replicas, thread_name_prefix="load")
         self._prompt_threads = ThreadPoolExecutor(1, thread_name_prefix="prompt")
+        self._map_threads = ThreadPoolExecutor(1, thread_name_prefix="map")
         self._own_beat: Heartbeat | None = None
 
     async def serve(self) -> None:
@@ -171,7 +216,11 @@ class WorkerShell:
             await bus.serve(LOAD, self._load_asked, worker_id=id)
             await bus.serve(STOP, self._stop_asked, worker_id=id)
             await bus.subscribe(CANCEL, self._cancel_arrived, worker_id=id)
+            await bus.subscribe(RECORD_CHANGED, self._server_changed, kind=record_kind(ServerRecord))
+            bus.on_disconnect(lambda: self.driver.post(e.BusLost()))
+            bus.on_reconnect(lambda: self.driver.post(e.BusBack()))
             await bus.flush()
+            self.driver.post(e.ServerChanged(context.settings.server_id))
             await context.ready()
             await context.stopping.wait()
             await context.drain()
@@ -179,7 +228,10 @@ class WorkerShell:
             await self.drained.wait()
             await bus.flush()
         finally:
+            for watch in self._watches.values():
+                watch.stopped = True
             self._load_threads.shutdown(wait=False, cancel_futures=True)
+            self._map_threads.shutdown(wait=False, cancel_futures=True)
             self._prompt_threads.shutdown(wait=False, cancel_futures=True)
 
     # -- messages → events
@@ -192,6 +244,9 @@ class WorkerShell:
 
     def _cancel_arrived(self, message: Cancel) -> None:
         self.driver.post(e.CancelArrived(message))
+
+    def _server_changed(self, message: RecordChanged) -> None:
+        self.driver.post(e.ServerChanged(message.id))
 
     # -- actions → effects
 
@@ -234,6 +289,12 @@ class WorkerShell:
                 self._failed(action)
             case e.ReleaseLease():
                 self._leases.release(action.message)
+            case e.PublishConsumed():
+                self._leases.consumed(action.message)
+            case e.AllowEngine():
+                action.engine.allow_until(action.until)
+            case e.StopAttach():
+                self._watch(action.replica_id).stopped = True
             case e.LoadFinished():
                 self._loaded(action)
             case e.Drained():
@@ -241,6 +302,8 @@ class WorkerShell:
             case (
                 e.AcquireLease()
                 | e.RenewLeases()
+                | e.LookAtServer()
+                | e.PrepareSegment()
                 | e.Attach()
                 | e.Detach()
                 | e.OpenPuller()
@@ -263,6 +326,11 @@ class WorkerShell:
                 return await self._acquire(action)
             case e.RenewLeases():
                 return await self._renew(action)
+            case e.LookAtServer():
+                return await self._look()
+            case e.PrepareSegment():
+                await self._on(self._map_threads, lambda: self._loader.prepare(action.segment))
+                return e.SegmentPrepared()
             case e.Attach():
                 return await self._attach(action)
             case e.Detach():
@@ -275,6 +343,7 @@ class WorkerShell:
                 return e.PullerClosed(action.replica_id)
             case e.RemoveRecord():
                 await self._beats.pop(action.replica_id).end()
+                self._watches.pop(action.replica_id, None)
                 return e.RecordRemoved(action.replica_id)
             case _:
                 raise TypeError(f"{type(action).__name__} is no action to do")
@@ -313,10 +382,18 @@ class WorkerShell:
             return e.LeasesRenewed(await self._leases.renew(action.lease_ids))
         except HearthError as error:
             self._context.log.warning("leases.unrenewed", error=error.failure.message)
-            return e.LeasesRenewed(error.failure)
+            return e.LeasesRenewed(error.failure, unserved=isinstance(error, Unserved))
+
+    async def _look(self) -> e.Event:
+        try:
+            record = await self._context.registry.get(ServerRecord, self._context.settings.server_id)
+        except HearthError:  # Redis is away: the next hint, or the next lease, tells
+            record = None
+        return e.ServerSeen(record.segment if record is not None else "")
 
     async def _attach(self, action: e.Attach) -> e.Event:
         message, driver, id = action.message, self.driver, action.message.replica_id
+        watch = self._watch(id)
 
         def stepped(events: Sequence[EngineEvent]) -> None:
             driver.post_threadsafe(e.EngineStepped(id, events))
@@ -331,6 +408,7 @@ class WorkerShell:
                     max_context_tokens=message.max_context_tokens,
                     sink=stepped,
                     engine=action.engine,
+                    watch=watch,
                 ),
             )
         except HearthError as error:
@@ -338,6 +416,9 @@ class WorkerShell:
         except MODEL_ERRORS as error:
             return e.AttachFailed(id, self._unexpected("attach.failed", "attach this model", error))
         return e.Attached(id, loaded)
+
+    def _watch(self, replica_id: str) -> AttachWatch:
+        return self._watches.setdefault(replica_id, AttachWatch(self.driver, replica_id))
 
     def _unexpected(self, event: str, what: str, error: BaseException) -> Failure:
         self._context.log.error(event, exc_info=error)

@@ -13,7 +13,7 @@ import msgspec
 from services.worker.engine_thread import ThreadedEngine
 from services.worker.main import work
 from services.worker.null_engine import NullLoader, NullStepper, NullTokenizer
-from services.worker.ports import AttachTimes, EngineEvent, Sink
+from services.worker.ports import UNWATCHED, AttachTimes, EngineEvent, LoadWatch, Sink
 from services.worker.service import Leases, NoLeases
 from shared.bus import Bus, Reply
 from shared.contracts.generation import End, Frame, FrameBatch
@@ -62,6 +62,7 @@ class SlowLoader(NullLoader):
         max_context_tokens: int | None,
         sink: Sink,
         engine: str = "auto",
+        watch: LoadWatch = UNWATCHED,
     ) -> Any:
         stepper = SlowStepper(slots=slots, max_sequence_tokens=max_context_tokens or 4096)
         self.open += 1

@@ -74,6 +74,9 @@ class FakeEngine:
     def cancel(self, sequence_id: str) -> None:
         raise AssertionError("the core does nothing itself")
 
+    def allow_until(self, at: float) -> None:
+        raise AssertionError("the core does nothing itself")
+
     def close(self) -> None:
         raise AssertionError("the core does nothing itself")
 
