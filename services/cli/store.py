@@ -9,7 +9,7 @@ import json
 import runpy
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ async def _last(steps: AsyncIterator[Progress | dict[str, Any]], bars: Bars, nam
 
 
 @contextlib.contextmanager
-def _work_goes_on(server_ids: list[str]) -> Any:
+def _work_goes_on(server_ids: list[str]) -> Iterator[None]:
     try:
         yield
     except asyncio.CancelledError:  # Ctrl-C
