@@ -26,7 +26,7 @@ from shared.errors import Code, HearthError
 
 TIMEOUT_S: Final = 10.0  # silence of a server
 MOST_TRIES: Final = 6  # in a row without a piece arriving
-PROGRESS_BYTES: Final = 2**20
+PROGRESS_BYTES: Final = 256 * 1024
 MOST_FILES: Final = 20_000
 _EXPIRED: Final = frozenset({400, 401, 403, 404, 410})  # what content networks answer to a signature of yesterday
 _PASSING: Final = frozenset({408, 429, 500, 502, 503, 504})
