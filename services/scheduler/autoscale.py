@@ -16,6 +16,9 @@ from shared.errors import Code, Failure
 # "Not now, not here", and nothing about the model: these never make a deployment fail.
 PASSING: Final = frozenset({Code.NO_CAPACITY, Code.BUSY, Code.DRAINING, Code.UNAVAILABLE})
 
+# What is wrong with the bytes that one server has, or can get.
+LOCAL: Final = frozenset({Code.CHECKPOINT_CORRUPT, Code.CHECKPOINT_UNAVAILABLE})
+
 
 def desired_replicas(spec: DeploymentSpec, outstanding: int) -> int:
     """Replicas that answer `outstanding` requests at the target concurrency, between the spec's bounds."""
@@ -141,7 +144,9 @@ class Trouble:
         self.failures += not passing
         untried = [one for one in servers if one not in self.avoid]
         never = all(final(one) for one in self.avoid.values())
-        self.hopeless = not passing and (self.failures >= most_failures or (not untried and never))
+        # What is wrong with one server's copy says nothing about the others': all are tried before anybody is told.
+        enough = self.failures >= most_failures and not (untried and failure.code in LOCAL)
+        self.hopeless = not passing and (enough or (not untried and never))
         if untried and not self.hopeless:
             self.until = now
             return

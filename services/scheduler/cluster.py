@@ -39,9 +39,10 @@ class Need:
     weight_bytes: int
     kv_bytes: int
 
-    def memory_bytes(self, device: str) -> int:
-        """Bytes of the device: on the CPU the parameters are views on the DRAM pool and cost nothing more."""
-        return self.kv_bytes if device == "cpu" else self.weight_bytes + self.kv_bytes
+    def memory_bytes(self, device: str, *, streams: bool = False) -> int:
+        """Bytes of the device. On the CPU the parameters are views on the DRAM pool and cost nothing more, unless they
+        only stream through it: then they are memory of the worker's own."""
+        return self.kv_bytes if device == "cpu" and not streams else self.weight_bytes + self.kv_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,13 +323,13 @@ class Cluster:
             sums.add(self._occupant(self.replicas[id]))
         for id in sorted(self.loads):
             load = self.loads[id]
-            weight = self.pool_bytes(load.server_id, load.key, load.weight_bytes)
+            weight = self.held_bytes(load.server_id, load.key, load.weight_bytes)
             sums.add(Occupant(id, load.worker_id, load.server_id, load.memory_bytes, load.key, weight))
         for name in sorted(self.rooms):
             if name != but_for:
                 room = self.rooms[name]
                 victims = [self._occupant(self.replicas[id]) for id in room.victims if id in self.replicas]
-                weight = self.pool_bytes(room.server_id, room.key, room.weight_bytes)
+                weight = self.held_bytes(room.server_id, room.key, room.weight_bytes)
                 sums.promise(replace(room, weight_bytes=weight), victims)
         return sums
 
@@ -343,13 +344,14 @@ class Cluster:
         need = self.need(deployment) if deployment is not None else None
         memory = max(replica.memory_bytes, self._planned_bytes.get(replica.replica_id, 0))
         if memory == 0 and need is not None:
-            memory = need.memory_bytes(device)
+            streams = self.streams(replica.server_id, need.key, need.weight_bytes)
+            memory = need.memory_bytes(device, streams=streams)
         weight = self._weight_bytes(replica, need)
         # On the CPU parameters stay views on the pool; elsewhere they are copied and the lease ends with the load.
         if device != "cpu" and replica.state is not ReplicaState.LOADING:
             weight = 0
         key = replica.checkpoint_id or (need.key if need is not None else f"replica:{replica.replica_id}")
-        held = self.pool_bytes(replica.server_id, key, weight)
+        held = self.held_bytes(replica.server_id, key, weight)
         return Occupant(replica.replica_id, replica.worker_id, replica.server_id, memory, key, held)
 
     def _weight_bytes(self, replica: ReplicaRecord, need: Need | None) -> int:
@@ -371,6 +373,21 @@ class Cluster:
         image_bytes = max(weight_bytes, server.ssd.get(key, 0), server.dram.get(key, 0))
         chunk_bytes = max(1, server.chunk_bytes)
         return -(-image_bytes // chunk_bytes) * chunk_bytes
+
+    def streams(self, server_id: str, key: str, weight_bytes: int) -> bool:
+        """Whether a checkpoint is larger than a server's DRAM pool, and so only streams through it."""
+        server = self.servers.get(server_id)
+        return server is not None and self.pool_bytes(server_id, key, weight_bytes) > server.dram_capacity_bytes
+
+    def held_bytes(self, server_id: str, key: str, weight_bytes: int) -> int:
+        """Bytes of a server's DRAM pool that a checkpoint takes for as long as a replica on the CPU has it."""
+        held = self.pool_bytes(server_id, key, weight_bytes)
+        return 0 if self.streams(server_id, key, weight_bytes) else held
+
+    def memory_bytes(self, need: Need, worker: WorkerRecord) -> int:
+        """Bytes of this worker's memory that a replica takes."""
+        streams = self.streams(worker.server_id, need.key, need.weight_bytes)
+        return need.memory_bytes(worker.device, streams=streams)
 
     def leased_bytes(self, server: ServerRecord, now: float) -> int:
         """What the store says is leased, less what was given back so recently that it may not have said so yet."""

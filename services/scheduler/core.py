@@ -413,7 +413,7 @@ class Core:
             server_id,
             failure,
             now,
-            servers=[one.server_id for one in self.cluster.ready_servers()],
+            servers=policy.able_servers(self.cluster.need(record), self.cluster),
             most_failures=rules.most_failures,
             first_s=rules.first_backoff_s,
             most_s=rules.most_backoff_s,
@@ -594,8 +594,8 @@ class Core:
             self.deployments.set_failure(name, None)
             trouble.rest()
             out.append(Note("deployment.resumed", {"deployment": name}))
-        ready = [one.server_id for one in self.cluster.ready_servers()]
-        if all(one in trouble.avoid for one in ready):
+        able = policy.able_servers(self.cluster.need(self.cluster.deployments[name]), self.cluster)
+        if all(one in trouble.avoid for one in able):
             trouble.rest()
         if now - trouble.until >= self.rules.forget_s:
             del self._troubles[name]
@@ -664,7 +664,7 @@ class Core:
             worker_id=worker.worker_id,
             server_id=worker.server_id,
             key=need.key,
-            memory_bytes=need.memory_bytes(worker.device),
+            memory_bytes=self.cluster.memory_bytes(need, worker),
             weight_bytes=need.weight_bytes,
             expires_at=now + self.rules.command_s,
         )
@@ -717,7 +717,7 @@ class Core:
             worker_id=worker.worker_id,
             server_id=worker.server_id,
             key=need.key,
-            memory_bytes=need.memory_bytes(worker.device),
+            memory_bytes=self.cluster.memory_bytes(need, worker),
             weight_bytes=need.weight_bytes,
             victims=tuple(one.replica_id for one in decision.victims),
             expires_at=now + self.rules.command_s,

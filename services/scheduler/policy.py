@@ -1,8 +1,9 @@
 """Where a replica shall go: candidates → filters → scores → decision with reasons. Pure.
 
 Every worker is a candidate and gets a reason, chosen or not: a decision that cannot be explained is a bug that cannot
-be found. Scores: the fastest tier in which the server has the checkpoint, then fewer loads under way on the server,
-fewer replicas on the worker, more free memory, ids.
+be found. Scores: the fastest tier in which the server has the checkpoint (last one that has set its copy aside), a DRAM
+pool that can hold it rather than one that it streams through, then fewer loads under way on the server, fewer replicas
+on the worker, more free memory, ids.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Candidate:
     """A worker as the decision saw it.
 
     `refused` is why it cannot take the replica as things stand, "" if it can; `never` says that it could not even if it
-    were empty; `victims` are those whose leaving would make room.
+    were empty; `victims` are those whose leaving would make room. `streams`: the checkpoint is larger than the server's
+    DRAM pool; `quarantined`: the server has set its copy aside as corrupt.
     """
 
     worker_id: str
@@ -47,15 +49,21 @@ class Candidate:
     refused: str = ""
     never: bool = False
     victims: tuple[Victim, ...] = ()
+    streams: bool = False
+    quarantined: bool = False
 
-    def score(self) -> tuple[int, int, int, int, str]:
+    def source_score(self) -> tuple[bool, int, bool]:
+        """Less is better: how fast and how surely the bytes come."""
+        return (self.quarantined, TIERS.index(self.tier), self.streams)
+
+    def score(self) -> tuple[tuple[bool, int, bool], int, int, int, str]:
         """Less is better."""
-        return (TIERS.index(self.tier), self.loads, self.replicas, -self.free_bytes, self.worker_id)
+        return (self.source_score(), self.loads, self.replicas, -self.free_bytes, self.worker_id)
 
-    def eviction_score(self) -> tuple[int, int, float, str]:
-        """Less is better: the best tier, the fewest victims, the longest idle."""
+    def eviction_score(self) -> tuple[tuple[bool, int, bool], int, float, str]:
+        """Less is better: the best source, the fewest victims, the longest idle."""
         return (
-            TIERS.index(self.tier), len(self.victims), -min(one.idle_s for one in self.victims), self.worker_id,
+            self.source_score(), len(self.victims), -min(one.idle_s for one in self.victims), self.worker_id,
         )  # fmt: skip
 
     def text(self) -> str:
@@ -64,8 +72,9 @@ class Candidate:
             return f"{self.worker_id}: {self.refused}; {', '.join(one.replica_id for one in self.victims)} could leave"
         if self.refused:
             return f"{self.worker_id}: {self.refused}"
+        how = ", streamed" * self.streams + ", its copy there is quarantined" * self.quarantined
         return (
-            f"{self.worker_id}: {self.tier}, {count(self.loads, 'load')}, {count(self.replicas, 'replica')}, "
+            f"{self.worker_id}: {self.tier}{how}, {count(self.loads, 'load')}, {count(self.replicas, 'replica')}, "
             f"{size(self.free_bytes)} free"
         )
 
@@ -135,22 +144,36 @@ def too_large(need: Need, cluster: Cluster) -> Failure | None:
     """Why no server could hold this model even if it were empty; None if one could, or none is there to be asked."""
     servers = cluster.ready_servers()
     if servers:
-        pool = max(one.dram_capacity_bytes for one in servers)
-        if need.weight_bytes > pool:
+        disk = max(one.ssd_capacity_bytes for one in servers)
+        if need.weight_bytes > disk:
             return Failure(
                 code=Code.TOO_LARGE,
-                message=f"The model needs {size(need.weight_bytes)} of DRAM; the largest pool has {size(pool)}.",
+                message=f"The model needs {size(need.weight_bytes)} of SSD; the largest tier has {size(disk)}.",
             )
     workers = cluster.ready_workers()
-    if workers and all(need.memory_bytes(one.device) > one.memory_total_bytes for one in workers):
-        best = max(workers, key=lambda one: one.memory_total_bytes - need.memory_bytes(one.device))
-        needed = need.memory_bytes(best.device)
+    if workers and all(cluster.memory_bytes(need, one) > one.memory_total_bytes for one in workers):
+        best = max(workers, key=lambda one: one.memory_total_bytes - cluster.memory_bytes(need, one))
+        needed = cluster.memory_bytes(need, best)
+        parts = f"{size(need.kv_bytes)} of it for the KV cache"
+        if best.device == "cpu" and needed > need.kv_bytes:
+            parts += ", as its parameters do not fit the DRAM pool"
         return Failure(
             code=Code.TOO_LARGE,
-            message=f"A replica needs {size(needed)}, {size(need.kv_bytes)} of it for the KV cache; "
-            f"the largest worker has {size(best.memory_total_bytes)}. A shorter context needs less.",
+            message=f"A replica needs {size(needed)}, {parts}; the largest worker has {size(best.memory_total_bytes)}. "
+            "A shorter context needs less.",
         )
     return None
+
+
+def able_servers(need: Need, cluster: Cluster) -> list[str]:
+    """Servers with a ready worker that could hold a replica of this model if everything else left, by id."""
+    empty = Occupancy()
+    able = {
+        worker.server_id: None
+        for worker in cluster.ready_workers()
+        if not _refusal(need, cluster, empty, worker, frozenset(), 0.0, {})[1]
+    }
+    return sorted(able)
 
 
 def _candidate(
@@ -175,6 +198,8 @@ def _candidate(
         free_bytes=free,
         refused=refused,
         never=never,
+        streams=cluster.streams(worker.server_id, need.key, need.weight_bytes),
+        quarantined=server is not None and need.key in server.quarantined,
     )
 
 
@@ -198,12 +223,15 @@ def _refusal(
         return f"the worker is {worker.phase.value}", False
     if server.phase is not Phase.READY:
         return f"server {worker.server_id} is {server.phase.value}", False
-    memory = need.memory_bytes(worker.device)
+    memory = cluster.memory_bytes(need, worker)
+    streams = cluster.streams(worker.server_id, need.key, need.weight_bytes)
     if memory > worker.memory_total_bytes:
-        return f"needs {size(memory)}, the worker has {size(worker.memory_total_bytes)}", True
-    weight = cluster.pool_bytes(worker.server_id, need.key, need.weight_bytes)
-    if weight > server.dram_capacity_bytes:
-        return f"needs {size(weight)} of DRAM, the pool has {size(server.dram_capacity_bytes)}", True
+        why = " as it does not fit the DRAM pool" if streams and worker.device == "cpu" else ""
+        return f"needs {size(memory)}{why}, the worker has {size(worker.memory_total_bytes)}", True
+    if need.weight_bytes > server.ssd_capacity_bytes:
+        return f"needs {size(need.weight_bytes)} of SSD, the tier has {size(server.ssd_capacity_bytes)}", True
+    if streams and server.dram_capacity_bytes < max(1, server.chunk_bytes):
+        return f"needs a DRAM pool to stream through, the server's has {size(server.dram_capacity_bytes)}", True
     if id in present:
         return "has a replica of it already", False
     if worker.server_id in avoid:
@@ -216,6 +244,7 @@ def _refusal(
     if not sums.holds(worker.server_id, need.key):
         leased = max(0, cluster.leased_bytes(server, now) - freed_bytes)
         pool = server.dram_capacity_bytes - max(leased, sums.pool_bytes(worker.server_id))
+        weight = cluster.held_bytes(worker.server_id, need.key, need.weight_bytes)
         if weight > pool:
             return f"the DRAM pool is {size(weight - pool)} short", False
     return "", False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from shared.contracts.records import (
     DeploymentRecord,
@@ -63,8 +63,9 @@ def server(
     loads: int = 0,
     phase: Phase = Phase.READY,
     chunk: float = 0,
+    quarantined: Sequence[str] = (),
 ) -> ServerRecord:
-    """A server; `dram` and `ssd` map checkpoint ids to MiB."""
+    """A server; `dram` and `ssd` map checkpoint ids to MiB, `quarantined` are ids."""
     return ServerRecord(
         server_id=id,
         phase=phase,
@@ -79,6 +80,7 @@ def server(
         ssd={key: int(value * MIB) for key, value in (ssd or {}).items()},
         loads=loads,
         chunk_bytes=int(chunk * MIB),
+        quarantined=dict.fromkeys(quarantined, "2 chunks differ from their checksums and cannot be fetched again"),
     )
 
 

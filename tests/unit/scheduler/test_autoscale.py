@@ -125,6 +125,17 @@ def test_a_corrupt_checkpoint_is_tried_again_because_its_store_imports_it_afresh
     assert (trouble.until, trouble.hopeless) == (11.0, False)
 
 
+def test_what_is_wrong_with_one_servers_copy_is_hopeless_only_when_all_were_tried() -> None:
+    servers = ["a", "b", "c", "d"]
+    corrupt, crashed = Trouble(CORRUPT), Trouble(CRASHED)
+    told = []
+    for now, server in enumerate(servers):
+        fail(corrupt, server, CORRUPT, float(now), servers)
+        fail(crashed, server, CRASHED, float(now), servers)
+        told.append((corrupt.hopeless, crashed.hopeless))
+    assert told == [(False, False), (False, False), (False, True), (True, True)]
+
+
 def test_no_room_is_never_hopeless() -> None:
     trouble = Trouble(FULL)
     for now in (10.0, 20.0, 30.0, 40.0, 50.0):

@@ -387,9 +387,47 @@ def test_replicas_of_unknown_deployments_are_ended() -> None:
     assert (stop.message.replica_id, stop.message.abort) == ("r9", True)
 
 
+def test_a_checkpoint_that_is_corrupt_on_one_server_is_served_from_another() -> None:
+    desk = Desk()
+    for id in ("a", "b"):
+        desk.add(picture.server(id, ssd={"ck-m": 100}), picture.worker(f"{id}0"))
+    desk.add(picture.deployment(picture.spec("m"), picture.checkpoint(weights=100)))
+    desk.start()
+    desk.queue("m", 1)
+    desk.hint("m")
+    first = desk.only(CommandLoad)
+    assert first.worker_id == "a0"
+    desk.tell(ReplicaBroke(first.message.replica_id, "m", "a0", CORRUPT))
+    second = desk.only(CommandLoad)
+    assert second.worker_id == "b0"
+    assert desk.deployments["m"].failure is None
+
+
+def test_when_the_checkpoint_is_corrupt_everywhere_the_deployment_fails_with_the_sentence() -> None:
+    desk = Desk(Rules(most_failures=2))
+    for id in ("a", "b", "c"):
+        desk.add(picture.server(id, ssd={"ck-m": 100}), picture.worker(f"{id}0"))
+    desk.add(picture.server("d"))  # without a worker nothing can be tried there
+    desk.add(picture.server("e"), picture.worker("e0", memory=1))  # nor with one that is too small
+    desk.add(picture.deployment(picture.spec("m"), picture.checkpoint(weights=100)))
+    desk.start()
+    desk.queue("m", 1)
+    desk.hint("m")
+    tried = []
+    for _ in range(3):
+        assert desk.deployments["m"].failure is None
+        load = desk.only(CommandLoad)
+        tried.append(load.worker_id)
+        desk.tell(ReplicaBroke(load.message.replica_id, "m", load.worker_id, CORRUPT))
+    assert tried == ["a0", "b0", "c0"]
+    failure = desk.deployments["m"].failure
+    assert failure is not None
+    assert (failure.code, failure.message) == (CORRUPT.code, CORRUPT.message)
+
+
 def test_a_model_for_which_no_server_is_large_enough_fails_after_some_patience() -> None:
     desk = Desk(Rules(patience_s=10.0))
-    desk.add(picture.server("a", pool=50), picture.worker("a0"))
+    desk.add(picture.server("a", pool=50), picture.worker("a0", memory=109))
     desk.add(picture.deployment(picture.spec("m"), picture.checkpoint(weights=100)))
     desk.start()
     desk.queue("m", 1)
@@ -399,7 +437,7 @@ def test_a_model_for_which_no_server_is_large_enough_fails_after_some_patience()
     failure = desk.deployments["m"].failure
     assert failure is not None
     assert failure.code is Code.TOO_LARGE
-    assert "100 MiB" in failure.message
+    assert "110 MiB" in failure.message
 
 
 def test_a_restarted_scheduler_knows_the_replicas_that_run() -> None:

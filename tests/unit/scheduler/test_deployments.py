@@ -233,7 +233,7 @@ def _polled(desk: Desk) -> list[object]:
     return answers
 
 
-def test_a_model_larger_than_every_pool_is_refused_with_the_numbers(desk: Desk) -> None:
+def test_a_model_for_which_no_worker_has_room_is_refused_with_the_numbers(desk: Desk) -> None:
     answers = desk.deploy(picture.spec("m"))
     inspected(desk, weight_mib=1001)
     desk.answers()

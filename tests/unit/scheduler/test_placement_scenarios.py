@@ -65,6 +65,8 @@ def decide(text: str) -> str:
                     loads=int(given.get("loads", 0)),
                     phase=Phase(given.get("phase", "ready")),
                     chunk=float(given.get("chunk", 0)),
+                    ssd_free=float(given.get("disk", 10_000)),
+                    quarantined=tuple(filter(None, given.get("quarantined", "").split(","))),
                 )
                 cluster.put(record, NOW)
             case "worker":
@@ -101,7 +103,7 @@ def decide(text: str) -> str:
                 name = given.get("of", id)
                 need = cluster.need(cluster.deployments[name])
                 on = cluster.workers[given["on"]]
-                held = (need.key, need.memory_bytes(on.device), need.weight_bytes)
+                held = (need.key, cluster.memory_bytes(need, on), need.weight_bytes)
                 if verb == "load":
                     cluster.loads[id] = PendingLoad(
                         id, name, cluster.deployments[name].revision, on.worker_id, on.server_id, *held, NOW + 10
