@@ -271,21 +271,18 @@ def _fits(state: PoolState, path: Path, chunk_bytes: int, chunk_count: int) -> b
             if not taken.isdisjoint(chunks):
                 return False
             taken.update(chunks)
-        if copy.checkpoint_id in places:
+        if copy.checkpoint_id in places or not copy.extents:
             return False
         places[copy.checkpoint_id] = list(copy.extents)
     for held in state.leases:
         place = places.get(held.lease.checkpoint.checkpoint_id)
         if place is None or held.lease.segment != str(path) or not held.ttl_s > 0:
             return False
-        if not all(
-            any(
-                whole.offset <= part.offset and part.offset + part.length <= whole.offset + whole.length
-                for whole in place
-            )
-            for part in held.lease.extents
-        ):
-            return False
+        for part in held.lease.extents:
+            end = part.offset + part.length
+            inside = (whole.offset <= part.offset < end <= whole.offset + whole.length for whole in place)
+            if not any(inside):
+                return False
     return True
 
 
