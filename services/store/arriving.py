@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from services.store.manifest import chunk_count
+from services.store.routes import COMING, HERE
 from shared.contracts.manifest import Manifest
 
 JOURNAL: Final = ".arriving"
@@ -45,6 +46,7 @@ class Arriving:
         self._journal = os.open(directory / JOURNAL, os.O_RDWR | os.O_CLOEXEC)
         self._arrived = bytearray(count)
         self._arrived_bytes = 0
+        self.coming: frozenset[int] = frozenset()  # chunks that are on their way from where all of them are
         self._lock = threading.Lock()
         self._listeners: list[Callable[[], None]] = []
 
@@ -64,8 +66,11 @@ class Arriving:
         return [index for index, mark in enumerate(bytes(self._arrived)) if not mark]
 
     def arrived(self) -> bytes:
-        """One byte per chunk: 1 if it has arrived, else 0."""
-        return bytes(self._arrived)
+        """What others are told: one byte per chunk, `HERE`, `COMING` or 0."""
+        marks = bytearray(HERE if mark else 0 for mark in bytes(self._arrived))
+        for index in self.coming:
+            marks[index] = marks[index] or COMING
+        return bytes(marks)
 
     def has(self, first: int, last: int) -> bool:
         """Whether the chunks `first` to `last` (included) have all arrived."""

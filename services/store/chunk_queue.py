@@ -42,6 +42,8 @@ class Job:
     * `repair(index, buffer)` fills the buffer with a sound chunk in place of one that is corrupt or cannot be read,
       or returns False. `rewrite(index, view)` then puts it where the corrupt one was.
     * `bytes_per_s` bounds the rate (0: nothing does). `progressed` hears the bytes done, on the mover's threads.
+    * `pick(left)` chooses the next of the chunks that are left (the last of `left` is the first of the image); without
+      it, and in a window, they go in order. It is called with the mover's lock held.
     * `skip`: chunks that need not move. They are taken to be there, and are not announced.
     """
 
@@ -60,6 +62,7 @@ class Job:
     rewrite: Callable[[int, memoryview], None] | None = None
     bytes_per_s: int = 0
     progressed: Callable[[int], None] = _nothing
+    pick: Callable[[Sequence[int]], int] | None = None
     skip: frozenset[int] = frozenset()
 
 
@@ -284,7 +287,12 @@ class ChunkQueue:
         return before < running.consumed and before < busy
 
     def _take(self, running: _Running, now: float) -> Task:
-        job, index = running.job, running.chunks.pop()
+        job = running.job
+        if job.pick is not None and not job.window_chunks:
+            index = job.pick(running.chunks)
+            running.chunks.remove(index)
+        else:
+            index = running.chunks.pop()
         length = self._length(job, index)
         if running.idle_since is not None:
             running.waited_s += now - running.idle_since
