@@ -1,113 +1,410 @@
-"""Sources → SSD tier: looks at a directory or a hub repository, and turns it into a stored checkpoint. Blocks."""
+"""Sources and peers → SSD tier: looks at what a source is, and brings it in, as a stored checkpoint. Blocks.
+
+A source in Hugging Face's form is converted: into a staging directory, which becomes a checkpoint by one rename when it
+is whole. One in Hearth's form (`hearth.json` lies in it, or a peer has the checkpoint) is fetched chunk by chunk into
+its place.
+"""
 
 from __future__ import annotations
 
-import errno
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import Final, Protocol
 
-from services.store.convert import Plan, make_plan, run_import
-from services.store.events import StoredCheckpoint
-from services.store.local import LocalSource, absolute_directory, open_local
-from services.store.remote import SCHEME, Hub
-from services.store.tier import SsdTier, describe
-from shared.contracts.residency import Source
+import msgspec
+
+from services.store.convert import (
+    WEIGHTS,
+    ConversionOrigin,
+    converted_small_files,
+    make_manifest,
+    make_plan,
+    refuse_remote_code,
+)
+from services.store.events import PRIORITY_OPERATOR, StoredCheckpoint
+from services.store.image_files import ImageWriter
+from services.store.manifest import (
+    CASTS,
+    FLOATS,
+    FOREIGN_JSON_ERRORS,
+    MANIFEST_LIMIT_BYTES,
+    chunk_count,
+    chunk_pieces,
+    decode_stored,
+    refuse_duplicates,
+    validate,
+    validate_heads,
+)
+from services.store.model_config import parse_config
+from services.store.mover import Job, Mover, checksum
+from services.store.ports import ChunkOrigin, Peer, Progressed, SourceTree
+from services.store.source_model import CONFIG, CONFIG_LIMIT_BYTES, open_model, read_heads, read_small_files
+from services.store.sources import redact
+from services.store.tier import SsdTier, describe, disk_errors
+from shared.contracts.manifest import MANIFEST_NAME, Manifest, WeightFile, encode_manifest
+from shared.contracts.residency import Extent, Source
 from shared.errors import Code, HearthError
+
+_HUB: Final = "hf:"
+# After these the next one who may have the checkpoint is asked.
+_ELSEWHERE: Final = (
+    Code.CHECKPOINT_UNAVAILABLE, Code.CHECKPOINT_CORRUPT, Code.NOT_FOUND, Code.FORBIDDEN, Code.UNAUTHENTICATED,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What a source is now and what its import would take."""
+    """What a source is now and what its import would take.
+
+    `checkpoint_id` is known beforehand only of a checkpoint in Hearth's form; `arrived_bytes` of its image are in the
+    SSD tier already.
+    """
 
     architecture: str
     revision: str
     weight_bytes: int
     image_bytes: int
     peak_bytes: int
+    checkpoint_id: str = ""
+    arrived_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What an import brought and what it took."""
+    """What an import brought and what it took.
+
+    `moved_bytes` are those of the image that were moved in this import, `remote_bytes` were read from the source,
+    `peer_bytes` came from peers. `in_dram`: all of the image is in the extents, too. `existing`: the same checkpoint
+    was there already and has been kept.
+    """
 
     stored: StoredCheckpoint
     existing: bool
     remote_bytes: int
     seconds: float
+    peer_bytes: int = 0
+    moved_bytes: int = 0
+    in_dram: bool = False
+
+
+class CheckpointFetcher(Protocol):
+    """Brings checkpoints whose manifest is known, chunk by chunk, from peers and a source."""
+
+    def manifest(self, checkpoint_id: str, peers: Sequence[Peer]) -> bytes | None:
+        """The `hearth.json` of a checkpoint, from whichever peer gives it; None if none does."""
+
+    def run(
+        self,
+        manifest: Manifest,
+        manifest_bytes: bytes,
+        tree: SourceTree | None,
+        *,
+        peers: Callable[[], Sequence[Peer]],
+        key: str,
+        priority: int,
+        extents: Sequence[Extent],
+        tag: int,
+        opened: Callable[[StoredCheckpoint], None],
+        progressed: Progressed,
+    ) -> Outcome:
+        """Bring it into the tier. Raises `HearthError`."""
+
+    def chunk(self, manifest: Manifest, index: int, into: memoryview, peers: Sequence[Peer]) -> bool:
+        """Fill `into` with one chunk from a peer, verified; whether one had it."""
 
 
 class Importer:
-    """Imports into a tier, in chunks of `chunk_bytes`. Every method blocks and raises `HearthError`."""
+    """Imports into a tier, in chunks of `chunk_bytes`. Every method blocks and raises `HearthError`.
 
-    def __init__(self, tier: SsdTier, hub: Hub, *, chunk_bytes: int) -> None:
+    `disk` moves what lies on this server, `net` what comes over a network. Without a `fetcher` there are no peers, and
+    a source in Hearth's form is converted like any other, which it is, too. `max_checkpoint_bytes` is the largest image
+    that is taken in (0: any that fits).
+    """
+
+    def __init__(
+        self,
+        tier: SsdTier,
+        *,
+        open_tree: Callable[[Source], SourceTree],
+        disk: Mover,
+        net: Mover,
+        fetcher: CheckpointFetcher | None = None,
+        chunk_bytes: int,
+        max_checkpoint_bytes: int = 0,
+    ) -> None:
         self._tier = tier
-        self._hub = hub
+        self._open_tree = open_tree
+        self._disk = disk
+        self._net = net
+        self._fetcher = fetcher
         self._chunk_bytes = chunk_bytes
-        self._stop = threading.Event()
+        self._max_bytes = max_checkpoint_bytes
+        self._lock = threading.Lock()
+        self._closed = False
+        self._trees: set[SourceTree] = set()
 
     def close(self) -> None:
-        """End what runs at its next piece, with nothing left behind."""
-        self._stop.set()
+        """End what runs, with nothing left behind but what has arrived of checkpoints in Hearth's form."""
+        with self._lock:
+            self._closed = True
+            trees = list(self._trees)
+        for tree in trees:
+            tree.close()
 
-    def look(self, source: Source) -> Look:
-        """Read headers only."""
-        with _clear_errors(source):
-            return self._look(source)
+    # -- looking -----------------------------------------------------------------------------------------------------
 
-    def run(self, source: Source, *, progressed: Callable[[int, int], None]) -> Outcome:
-        """Import. `progressed` hears (bytes done, bytes in all) on this thread and on others."""
-        with _clear_errors(source):
-            return self._run(source, progressed)
-
-    def _look(self, source: Source) -> Look:
-        if source.url.startswith(SCHEME):
-            files = self._hub.look(source)
-            local = self._hub.headers(files)
-            plan = self._plan(local, source, compare=False)
-            return _look(local, plan, extra_bytes=sum(files.files.values()))
-        local = open_local(absolute_directory(source.url))
-        return _look(local, self._plan(local, source, compare=False), extra_bytes=0)
-
-    def _run(self, source: Source, progressed: Callable[[int, int], None]) -> Outcome:
-        began = time.perf_counter()
-        with self._tier.staging() as directory:
-            if source.url.startswith(SCHEME):
-                files = self._hub.look(source)
-                target, total = directory / "download", sum(files.files.values())
-                self._make_sure_of(total)
-                target.mkdir()
-                self._hub.download(files, target, progressed=lambda done: progressed(done, 2 * total), stop=self._stop)
-                local, revision, done_bytes = open_local(target), files.commit, total
-            else:
-                local = open_local(absolute_directory(source.url))
-                revision, total, done_bytes = local.fingerprint, local.weight_bytes, 0
-            plan = self._plan(local, source, compare=True)
-            self._make_sure_of(plan.peak_bytes)
-            target = directory / "checkpoint"
-            target.mkdir()
-            manifest = run_import(
-                local,
-                plan,
-                target,
-                asked=source,
-                revision=revision,
-                chunk_bytes=self._chunk_bytes,
-                progressed=lambda done, whole: progressed(done_bytes + done, done_bytes + whole),
-                stop=self._stop,
-            )
-            if open_local(local.directory).fingerprint != local.fingerprint:
-                raise HearthError(
-                    Code.CHECKPOINT_UNAVAILABLE, f"{source.url} changed while it was imported; try again."
+    def look(self, source: Source, checkpoint_id: str = "", peers: Sequence[Peer] = ()) -> Look:
+        """What the source is; reads configuration and headers only. Peers that have `checkpoint_id` are asked first."""
+        with disk_errors(f"{redact(source.url)} cannot be looked at"):
+            if (found := self._of_peers(checkpoint_id, peers)) is not None:
+                return self._look_of(*found)
+            with self._opened(source) as tree:
+                if self._is_fetched(tree):
+                    return self._look_of(*self._of_tree(tree, source))
+                model = open_model(tree)
+                plan = make_plan(tree, model, source.dtype, chunk_bytes=self._chunk_bytes, compare=False)
+                self._check_limit(plan.image_bytes)
+                return Look(
+                    architecture=model.config.architecture,
+                    revision=tree.revision,
+                    weight_bytes=plan.weight_bytes,
+                    image_bytes=plan.image_bytes,
+                    peak_bytes=plan.peak_bytes,
                 )
-            place, existing = self._tier.publish(target, manifest.checkpoint.checkpoint_id)
-        stored = describe(place, self._tier.manifest(place))
-        return Outcome(stored, existing, total, time.perf_counter() - began)
 
-    def _plan(self, local: LocalSource, source: Source, *, compare: bool) -> Plan:
-        return make_plan(local, source.dtype, chunk_bytes=self._chunk_bytes, compare=compare)
+    def _look_of(self, manifest: Manifest, manifest_bytes: bytes) -> Look:
+        facts = manifest.checkpoint
+        image_bytes, arrived_bytes = manifest.image_bytes(), 0
+        place = self._tier.checkpoints / facts.checkpoint_id
+        if place.exists():
+            with suppress(HearthError):  # what is here is of no use, then
+                stored = describe(place, self._tier.manifest(place))
+                arrived_bytes = image_bytes if stored.arrived_bytes is None else stored.arrived_bytes
+        return Look(
+            architecture=facts.architecture,
+            revision=manifest.revision,
+            weight_bytes=facts.weight_bytes,
+            image_bytes=image_bytes,
+            peak_bytes=_peak_bytes(manifest, manifest_bytes),
+            checkpoint_id=facts.checkpoint_id,
+            arrived_bytes=arrived_bytes,
+        )
+
+    def _of_peers(self, checkpoint_id: str, peers: Sequence[Peer]) -> tuple[Manifest, bytes] | None:
+        """The manifest of a checkpoint from those that have it, checked; None if nobody gives a sound one."""
+        if self._fetcher is None or not checkpoint_id or not peers:
+            return None
+        data = self._fetcher.manifest(checkpoint_id, peers)
+        if data is None:
+            return None
+        try:
+            manifest = _decode_foreign(data)
+        except HearthError:
+            return None  # there is the source yet
+        if manifest.checkpoint.checkpoint_id != checkpoint_id:
+            return None
+        self._check_limit(manifest.image_bytes())
+        return manifest, data
+
+    def _of_tree(self, tree: SourceTree, source: Source) -> tuple[Manifest, bytes]:
+        """The manifest of a source in Hearth's form, proved by the heads of its files."""
+        manifest = _decode_foreign(tree.read_small(MANIFEST_NAME, MANIFEST_LIMIT_BYTES), tree.files)
+        self._check_limit(manifest.image_bytes())
+        validate_heads(manifest, read_heads(tree, [file.name for file in manifest.files]))
+        if CONFIG not in manifest.small_files:
+            raise HearthError(Code.CHECKPOINT_CORRUPT, f"The manifest of {tree.url} has no {CONFIG}.")
+        config = parse_config(tree.read_small(CONFIG, CONFIG_LIMIT_BYTES))
+        refuse_remote_code(config)
+        if config.architecture != manifest.checkpoint.architecture:
+            raise HearthError(Code.CHECKPOINT_CORRUPT, f"The manifest of {tree.url} is not that of its {CONFIG}.")
+        _refuse_cast(manifest, source.dtype)
+        # So the checkpoint knows where its bytes can be had again.
+        manifest = msgspec.structs.replace(manifest, source=source, revision=tree.revision)
+        return manifest, encode_manifest(manifest)
+
+    # -- importing ---------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        source: Source,
+        *,
+        checkpoint_id: str = "",
+        peers: Callable[[], Sequence[Peer]] = tuple,
+        key: str = "",
+        priority: int = PRIORITY_OPERATOR,
+        extents: Sequence[Extent] = (),
+        tag: int = 0,
+        opened: Callable[[StoredCheckpoint], None] = lambda stored: None,
+        progressed: Progressed,
+    ) -> Outcome:
+        """Import. `progressed` hears (bytes done, bytes in all) on the mover's threads.
+
+        `key` and `priority` are those of the mover's job. With `extents` the image comes into these places of the DRAM
+        pool at the same time, announced under `tag`. `opened` hears as soon as everything but the bytes is there, if
+        the checkpoint's id is known beforehand.
+        """
+        key = key or f"import {source.url} {source.revision} {source.dtype}"
+
+        def fetch(manifest: Manifest, data: bytes, tree: SourceTree | None) -> Outcome:
+            assert self._fetcher is not None, "a manifest without a fetcher"
+            self._make_sure_of(self._missing_bytes(manifest, data))
+            return self._fetcher.run(
+                manifest, data, tree, peers=peers, key=key, priority=priority, extents=extents, tag=tag,
+                opened=opened, progressed=progressed,
+            )  # fmt: skip
+
+        with disk_errors(f"{redact(source.url)} cannot be imported"):
+            asked = peers()
+            known = self._of_peers(checkpoint_id, asked)
+            if known is not None and any(peer.whole for peer in asked):
+                try:
+                    return fetch(*known, None)
+                except HearthError as error:
+                    if error.failure.code not in _ELSEWHERE:
+                        raise
+            try:
+                with self._opened(source) as tree:
+                    if self._is_fetched(tree):
+                        return fetch(*self._of_tree(tree, source), tree)
+                    return self._convert(tree, source, key, priority, extents, tag, progressed)
+            except HearthError as error:
+                if known is None or error.failure.code not in _ELSEWHERE:
+                    raise
+                # The source is out of reach: what the peers have together may be enough.
+                return fetch(*known, None)
+
+    def _convert(
+        self,
+        tree: SourceTree,
+        source: Source,
+        key: str,
+        priority: int,
+        extents: Sequence[Extent],
+        tag: int,
+        progressed: Progressed,
+    ) -> Outcome:
+        began = time.perf_counter()
+        model = open_model(tree)
+        # Before the head is compared, which reads, and before anything is written.
+        bound = make_plan(tree, model, source.dtype, chunk_bytes=self._chunk_bytes, compare=False)
+        self._check_limit(bound.image_bytes)
+        self._make_sure_of(bound.peak_bytes)
+        plan = make_plan(tree, model, source.dtype, chunk_bytes=self._chunk_bytes)
+        small = converted_small_files(model, plan, read_small_files(tree, model))
+        # What cannot be described is refused now and not after all its bytes.
+        count = chunk_count(plan.image_bytes, self._chunk_bytes)
+        make = partial(
+            make_manifest, model, plan, small, source=source, revision=tree.revision, chunk_bytes=self._chunk_bytes
+        )
+        make(["0" * 16] * count)
+        with self._tier.staging() as directory:
+            writer = ImageWriter(
+                directory, [WeightFile(name=WEIGHTS, bytes=plan.file_bytes)], chunk_bytes=self._chunk_bytes
+            )
+            try:
+                report = (self._net if tree.remote else self._disk).run(
+                    Job(
+                        key=key,
+                        priority=priority,
+                        image_bytes=plan.image_bytes,
+                        chunk_bytes=self._chunk_bytes,
+                        origin=ConversionOrigin(tree, plan, chunk_bytes=self._chunk_bytes),
+                        extents=extents,
+                        tag=tag,
+                        sink=writer,
+                        progressed=lambda done_bytes: progressed(done_bytes, plan.image_bytes),
+                    )
+                )
+                writer.finish()
+            finally:
+                writer.close()
+            self._check_unchanged(tree, source)
+            manifest = make(report.checksums)
+            for name, data in small.items():
+                (directory / name).write_bytes(data)
+            (directory / MANIFEST_NAME).write_bytes(encode_manifest(manifest))
+            place, existing = self._tier.publish(directory, manifest.checkpoint.checkpoint_id)
+        return Outcome(
+            stored=describe(place, self._tier.manifest(place)),
+            existing=existing,
+            remote_bytes=model.weight_bytes + sum(model.small_files.values()),
+            seconds=time.perf_counter() - began,
+            moved_bytes=report.moved_bytes,
+            in_dram=bool(extents),
+        )
+
+    def _check_unchanged(self, tree: SourceTree, source: Source) -> None:
+        """A directory or a bucket that changed meanwhile gave a mixture of two models; a commit never changes."""
+        if source.url.startswith(_HUB):
+            return
+        with self._opened(source) as now:
+            if now.revision != tree.revision:
+                message = f"{tree.url} changed while it was imported; try again."
+                raise HearthError(Code.CHECKPOINT_UNAVAILABLE, message)
+
+    # -- repair ------------------------------------------------------------------------------------------------------
+
+    def repairer(
+        self, stored: StoredCheckpoint, manifest: Manifest, peers: Callable[[], Sequence[Peer]]
+    ) -> Callable[[int, memoryview], bool]:
+        """What brings a sound chunk of a stored checkpoint: from peers, from its source in Hearth's form, or by
+        converting it again, if the source is what it was. It is verified; False if nobody has it. Thread-safe.
+        """
+        return _Repairer(self, self._fetcher, manifest, peers)
+
+    def origin_of(self, manifest: Manifest) -> ChunkOrigin | None:
+        """The source of a stored checkpoint as an origin of its chunks; None if it is something else by now."""
+        source = manifest.source
+        if source is None:
+            return None
+        if source.url.startswith(_HUB):  # a commit stays, wherever the branch has gone
+            source = msgspec.structs.replace(source, revision=manifest.revision)
+        tree = self._open(source)
+        if MANIFEST_NAME in tree.files:
+            here, _ = self._of_tree(tree, source)
+            same = here.checkpoint.checkpoint_id == manifest.checkpoint.checkpoint_id
+            return TreeOrigin(tree, manifest) if same else None
+        if tree.revision != manifest.revision:
+            return None
+        plan = make_plan(tree, open_model(tree), source.dtype, chunk_bytes=manifest.chunk_bytes, tied=manifest.tied)
+        same = plan.entries == manifest.tensors and plan.image_bytes == manifest.image_bytes()
+        return ConversionOrigin(tree, plan, chunk_bytes=manifest.chunk_bytes) if same else None
+
+    def _is_fetched(self, tree: SourceTree) -> bool:
+        return self._fetcher is not None and MANIFEST_NAME in tree.files
+
+    # -- sources and room --------------------------------------------------------------------------------------------
+
+    def _open(self, source: Source) -> SourceTree:
+        tree = self._open_tree(source)
+        with self._lock:
+            if self._closed:
+                tree.close()
+                raise HearthError(Code.DRAINING, "The store is shutting down.")
+        return tree
+
+    @contextmanager
+    def _opened(self, source: Source) -> Iterator[SourceTree]:
+        tree = self._open(source)
+        with self._lock:
+            self._trees.add(tree)
+        try:
+            yield tree
+        finally:
+            with self._lock:
+                self._trees.discard(tree)
+            tree.close()
+
+    def _check_limit(self, image_bytes: int) -> None:
+        if self._max_bytes and image_bytes > self._max_bytes:
+            raise HearthError(
+                Code.TOO_LARGE,
+                f"The checkpoint has {image_bytes} bytes, and this store takes at most {self._max_bytes}.",
+            )
 
     def _make_sure_of(self, needed_bytes: int) -> None:
         free_bytes = self._tier.free_bytes()
@@ -117,23 +414,95 @@ class Importer:
                 f"The import needs {needed_bytes} bytes; the disk of {self._tier.root} has {free_bytes} free.",
             )
 
+    def _missing_bytes(self, manifest: Manifest, manifest_bytes: bytes) -> int:
+        """What a fetch still takes of the disk: files that have begun to arrive own their blocks."""
+        if (self._tier.checkpoints / manifest.checkpoint.checkpoint_id).exists():
+            return 0
+        return _peak_bytes(manifest, manifest_bytes)
 
-@contextmanager
-def _clear_errors(source: Source) -> Iterator[None]:
-    """What the operating system refuses, in one sentence."""
+
+class TreeOrigin:
+    """The chunks of a checkpoint whose files lie in a source as they are (`ChunkOrigin`)."""
+
+    def __init__(self, tree: SourceTree, manifest: Manifest) -> None:
+        self._tree = tree
+        self._manifest = manifest
+
+    def read(self, index: int, into: memoryview) -> None:
+        """See `ChunkOrigin`."""
+        for piece in chunk_pieces(self._manifest, index):
+            name = self._manifest.files[piece.file].name
+            if piece.data_bytes:
+                self._tree.read(name, piece.offset, into[piece.at : piece.at + piece.data_bytes])
+            into[piece.at + piece.data_bytes : piece.at + piece.length] = bytes(piece.length - piece.data_bytes)
+
+
+class _Repairer:
+    """See `Importer.repairer`. The source is opened when the first chunk needs it."""
+
+    def __init__(
+        self,
+        importer: Importer,
+        fetcher: CheckpointFetcher | None,
+        manifest: Manifest,
+        peers: Callable[[], Sequence[Peer]],
+    ) -> None:
+        self._importer = importer
+        self._fetcher = fetcher
+        self._manifest = manifest
+        self._peers = peers
+        self._lock = threading.Lock()
+        self._asked = False
+        self._origin: ChunkOrigin | None = None
+
+    def __call__(self, index: int, into: memoryview) -> bool:
+        peers = self._peers() if self._fetcher is not None else ()
+        if self._fetcher is not None and peers and self._fetcher.chunk(self._manifest, index, into, peers):
+            return True
+        origin = self._source()
+        if origin is None:
+            return False
+        origin.read(index, into)
+        return checksum(into) == self._manifest.chunks[index]
+
+    def _source(self) -> ChunkOrigin | None:
+        with self._lock:
+            if not self._asked:
+                self._origin = self._importer.origin_of(self._manifest)
+                self._asked = True
+            return self._origin
+
+
+def _decode_foreign(data: bytes, sizes: Mapping[str, int] | None = None) -> Manifest:
+    """A manifest that another store or a source gave. `sizes`: those of the files beside it, if they can be seen."""
+    manifest = decode_stored(data)
     try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        code = Code.NO_CAPACITY if full else Code.CHECKPOINT_UNAVAILABLE
-        raise HearthError(code, f"{source.url[:200]} cannot be imported: {error.strerror or error}.") from error
+        refuse_duplicates(data)
+    except FOREIGN_JSON_ERRORS as error:
+        raise HearthError(Code.CHECKPOINT_CORRUPT, f"The manifest is malformed: {error}.") from error
+    if sizes is None:
+        sizes = {file.name: file.bytes for file in manifest.files} | dict.fromkeys(manifest.small_files, 0)
+    validate(manifest, sizes)
+    return manifest
 
 
-def _look(local: LocalSource, plan: Plan, *, extra_bytes: int) -> Look:
-    return Look(
-        architecture=local.config.architecture,
-        revision=local.fingerprint,
-        weight_bytes=plan.weight_bytes,
-        image_bytes=plan.image_bytes,
-        peak_bytes=plan.peak_bytes + extra_bytes,
-    )
+def _refuse_cast(manifest: Manifest, dtype: str | None) -> None:
+    """Raise `unsupported` if the floating-point tensors of this checkpoint are not what was asked for."""
+    if dtype is None:
+        return
+    if dtype not in CASTS:
+        message = f"dtype {dtype!r} is none of {', '.join(sorted(CASTS))}."
+        raise HearthError(Code.INVALID_REQUEST, message, param="dtype")
+    others = {tensor.dtype for tensor in manifest.tensors.values() if tensor.dtype in FLOATS} - {CASTS[dtype]}
+    if others:
+        raise HearthError(
+            Code.UNSUPPORTED,
+            f"The source is a checkpoint in Hearth's form of dtype {manifest.checkpoint.dtype}, which is copied as it "
+            f"is; import the model in Hugging Face's form to cast it to {dtype}.",
+            param="dtype",
+        )
+
+
+def _peak_bytes(manifest: Manifest, manifest_bytes: bytes) -> int:
+    small_bytes = len(manifest.small_files) * 4096
+    return manifest.image_bytes() + len(manifest_bytes) + len(manifest.chunks) + small_bytes + 65536

@@ -1,29 +1,164 @@
-"""A Hugging Face directory as a source: configuration and headers are read, what is no checkpoint is refused."""
+"""A directory of this server as a source."""
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import os
-import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Final
 
-from services.store.manifest import HeaderTensor, corrupt, header_bytes, parse_header
-from services.store.model_config import ModelConfig, parse_config, weight_map_of
+from services.store.manifest import HeaderTensor, corrupt, is_file_name
+from services.store.model_config import ModelConfig
+from services.store.source_model import INDEX, SINGLE, SMALL_FILES, is_small_file, weight_files
+from shared.contracts.manifest import MANIFEST_NAME
 from shared.errors import Code, HearthError
 
-SMALL_FILES: Final = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.json", "chat_template.jinja",
-    "*.model", "*.tiktoken", "normalizer.json",
-)  # fmt: skip
-SMALL_LIMIT_BYTES: Final = 256 * 2**20
-SINGLE: Final = "model.safetensors"
-INDEX: Final = "model.safetensors.index.json"
-_PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_SHARD: Final = re.compile(r"[^/\\\0]+\.safetensors")
+_VECTORS: Final = 1024  # buffers of one preadv: IOV_MAX of Linux
+
+
+def absolute_directory(url: str) -> Path:
+    """The directory that a source's url names. Raises `invalid_checkpoint`, or `checkpoint_unavailable` if the
+    operating system has no such paths."""
+    path = Path(url)
+    if not path.is_absolute() or "\0" in url:
+        raise corrupt(f"{url[:200]!r} is neither an absolute directory nor hf:ORG/NAME.")
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise corrupt(f"{url[:200]} does not exist on this server.") from error
+    except OSError as error:
+        message = f"{url[:200]} cannot be read: {error.strerror or error}."
+        raise HearthError(Code.CHECKPOINT_UNAVAILABLE, message) from error
+    if not S_ISDIR(status.st_mode):
+        raise corrupt(f"{url[:200]} is not a directory.")
+    return path
+
+
+class LocalTree:
+    """A directory of this server as a `SourceTree`.
+
+    Every read opens its file anew and looks whether it is still the one that was listed: a file that changes meanwhile
+    is noticed, and no number of shards exhausts the descriptors. What has been read leaves the page cache again.
+    Raises `HearthError` if the directory cannot be listed, or a file of the model is a link that leaves it.
+    """
+
+    remote = False
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._closed = False
+        self._found: dict[str, _Found] = {}
+        self.url = str(directory)
+        try:
+            for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
+                if is_file_name(entry.name) and entry.is_file():
+                    self._found[entry.name] = self._look(entry.name)
+        except OSError as error:
+            message = f"{directory} cannot be read: {error.strerror or error}."
+            raise HearthError(Code.CHECKPOINT_UNAVAILABLE, message) from error
+        self.files: Mapping[str, int] = {name: found.bytes for name, found in self._found.items()}
+        lines: list[str] = []
+        for name, found in self._found.items():
+            if is_small_file(name) or name.endswith((".safetensors", ".index.json")) or name == MANIFEST_NAME:
+                self._refuse_leaving(name)
+                lines.append(f"{name} {found.bytes} {found.mtime_ns} {found.inode}\n")
+        self.revision = hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
+
+    def read(self, name: str, offset: int, into: memoryview) -> None:
+        """See `SourceTree`."""
+        self.read_parts(name, offset, [into])
+
+    def read_parts(self, name: str, offset: int, parts: Sequence[memoryview]) -> None:
+        """Fill these buffers, one after another, from byte `offset` of a file. Raises like `SourceTree.read`."""
+        wanted = sum(map(len, parts))
+        with self._opened(name) as file:
+            got = 0
+            for start in range(0, len(parts), _VECTORS):
+                views = list(parts[start : start + _VECTORS])
+                until = got + sum(map(len, views))
+                while got < until:
+                    count = os.preadv(file, views, offset + got)
+                    if count == 0:
+                        raise corrupt(f"{name} is truncated: it ends at byte {offset + got}.")
+                    got += count
+                    while views and count >= len(views[0]):
+                        count -= len(views.pop(0))
+                    if count:
+                        views[0] = views[0][count:]
+            # The source is not needed again: leave the page cache to others.
+            os.posix_fadvise(file, offset, wanted, os.POSIX_FADV_DONTNEED)
+
+    def read_small(self, name: str, limit_bytes: int) -> bytes:
+        """See `SourceTree`."""
+        size_bytes = self._listed(name).bytes
+        if size_bytes > limit_bytes:
+            raise HearthError(Code.TOO_LARGE, f"{name} has {size_bytes} bytes, more than {limit_bytes}.")
+        data = bytearray(size_bytes)
+        self.read(name, 0, memoryview(data))
+        return bytes(data)
+
+    def close(self) -> None:
+        """See `SourceTree`."""
+        self._closed = True
+
+    def _look(self, name: str) -> _Found:
+        path = self._directory / name
+        status = path.stat()
+        return _Found(status.st_size, status.st_mtime_ns, status.st_ino, _leaves(self._directory, path))
+
+    def _listed(self, name: str) -> _Found:
+        if self._closed:
+            raise HearthError(Code.DRAINING)
+        found = self._found.get(name)
+        if found is None:
+            raise HearthError(Code.NOT_FOUND, f"{self.url} has no file {name!r}.")
+        self._refuse_leaving(name)
+        return found
+
+    def _refuse_leaving(self, name: str) -> None:
+        if self._found[name].leaves:
+            raise corrupt(f"{name} is a link that leaves its directory.")
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[int]:
+        found = self._listed(name)
+        try:
+            # A pipe that took the file's place must not hold us up.
+            file = os.open(self._directory / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            try:
+                status = os.fstat(file)
+                same = (status.st_size, status.st_mtime_ns, status.st_ino)
+                if same != (found.bytes, found.mtime_ns, found.inode):
+                    message = f"{name} changed while {self.url} was read; try again."
+                    raise HearthError(Code.CHECKPOINT_UNAVAILABLE, message)
+                yield file
+            finally:
+                os.close(file)
+        except OSError as error:
+            message = f"{name} cannot be read: {error.strerror or error}."
+            raise HearthError(Code.CHECKPOINT_UNAVAILABLE, message) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    bytes: int
+    mtime_ns: int
+    inode: int
+    leaves: bool
+
+
+def _leaves(directory: Path, path: Path) -> bool:
+    """Whether a file is a link out of its directory; into the blobs of a Hugging Face cache is allowed, as snapshots
+    have it."""
+    if not path.is_symlink():
+        return False
+    real, home = path.resolve(), directory.resolve()
+    cache = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
+    return real.parent not in (home, cache)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,105 +172,14 @@ class LocalSource:
     tensors: dict[str, tuple[int, HeaderTensor]]
     fingerprint: str
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of all tensors as they are now."""
-        return sum(tensor.bytes for _, tensor in self.tensors.values())
 
-
-def is_small_file(name: str) -> bool:
-    """Whether a file belongs to the checkpoint besides its weights."""
-    return "/" not in name and any(fnmatch.fnmatchcase(name, pattern) for pattern in SMALL_FILES)
-
-
-def weight_files(names: list[str], read_index: bytes | None) -> list[str]:
-    """Which of a source's files hold its weights. Raises `invalid_checkpoint` with the reason if none do."""
-    if SINGLE in names:
-        return [SINGLE]
-    if read_index is not None:
-        wanted = sorted(set(weight_map_of(read_index).values()))
-        for name in wanted:
-            if not _SHARD.fullmatch(name) or name.startswith("."):
-                raise corrupt(f"{INDEX} names {name!r}, which is no file beside it.")
-        missing = [name for name in wanted if name not in names]
-        if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise corrupt(f"{missing[0]}{more} of {INDEX} is missing.")
-        return wanted
-    if any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in _PICKLES):
-        raise corrupt(
-            "Its weights are pickled PyTorch files, which can run code when they are read; convert them to safetensors."
-        )
-    if "adapter_model.safetensors" in names:
-        raise corrupt("It is an adapter (adapter_model.safetensors), not a model.")
-    raise corrupt(f"It has no weights: neither {SINGLE} nor {INDEX} is there.")
-
-
-def absolute_directory(url: str) -> Path:
-    """The directory that a source's url names. Raises `invalid_checkpoint`."""
-    path = Path(url)
-    if not path.is_absolute() or "\0" in url:
-        raise corrupt(f"{url!r} is neither an absolute directory nor hf:ORG/NAME.")
-    if not path.exists():
-        raise corrupt(f"{url} does not exist on this server.")
-    if not path.is_dir():
-        raise corrupt(f"{url} is not a directory.")
-    return path
-
-
-def open_local(directory: Path) -> LocalSource:
-    """Read everything but the weights themselves. Raises `HearthError` with the reason for a refusal."""
-    try:
-        return _open(directory)
-    except OSError as error:
-        raise HearthError(Code.CHECKPOINT_UNAVAILABLE, f"{directory} cannot be read: {error}.") from error
-
-
-def _open(directory: Path) -> LocalSource:
-    names = sorted(entry.name for entry in os.scandir(directory) if entry.is_file())
-    if "config.json" not in names:
-        raise corrupt(f"{directory} has no config.json, so it is no model in Hugging Face's form.")
-    small: dict[str, bytes] = {}
-    digest = hashlib.sha256()
-    for name in filter(is_small_file, names):
-        path = _inside(directory, name)
-        if path.stat().st_size + sum(map(len, small.values())) > SMALL_LIMIT_BYTES:
-            raise HearthError(Code.TOO_LARGE, f"The files besides the weights exceed {SMALL_LIMIT_BYTES} bytes.")
-        small[name] = path.read_bytes()
-        digest.update(f"{name} {hashlib.sha256(small[name]).hexdigest()}\n".encode())
-    config = parse_config(small["config.json"])
-    index = _inside(directory, INDEX).read_bytes() if INDEX in names else None
-    files = [_inside(directory, name) for name in weight_files(names, index)]
-    tensors: dict[str, tuple[int, HeaderTensor]] = {}
-    for number, path in enumerate(files):
-        status = path.stat()
-        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns} {status.st_ino}\n".encode())
-        for name, tensor in read_header(path).items():
-            if name in tensors:
-                raise corrupt(f"Tensor {name!r} is in two files.")
-            tensors[name] = (number, tensor)
-    if not tensors:
-        raise corrupt("Its weight files hold no tensors.")
-    if index is not None and len(files) > 1:
-        missing = [name for name in weight_map_of(index) if name not in tensors]
-        if missing:
-            raise corrupt(f"Tensor {missing[0]!r} of {INDEX} is in none of its files.")
-    return LocalSource(directory, config, small, tuple(files), tensors, digest.hexdigest()[:32])
-
-
-def read_header(path: Path) -> dict[str, HeaderTensor]:
-    """The tensors of a safetensors file in the order of their data. Raises `invalid_checkpoint`, OSError."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = header_bytes(file.read(8), size, path.name)
-        return parse_header(file.read(length), size, path.name)
-
-
-def _inside(directory: Path, name: str) -> Path:
-    """The file, if it lies in the directory or is a link into the blobs of a Hugging Face cache, as snapshots have."""
-    path = directory / name
-    real, home = path.resolve(), directory.resolve()
-    cache = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
-    if real.parent != home and real.parent != cache:
-        raise corrupt(f"{name} is a link that leaves its directory.")
-    return path
+__all__ = [
+    "INDEX",
+    "SINGLE",
+    "SMALL_FILES",
+    "LocalSource",
+    "LocalTree",
+    "absolute_directory",
+    "is_small_file",
+    "weight_files",
+]

@@ -12,11 +12,13 @@ from pathlib import Path
 from services.store.allocator import Allocator
 from services.store.chunks import ChunkReader
 from services.store.importer import Importer
+from services.store.mover import Mover
 from services.store.pool import Pool
-from services.store.remote import Hub
+from services.store.remote_config import read_remote_config
 from services.store.residency import Residency, trim
 from services.store.service import StoreService
 from services.store.tier import SsdTier
+from services.store.trees import TreeConfig, open_tree
 from shared.contracts.manifest import PAGE_BYTES
 from shared.errors import Code, HearthError
 from shared.lifecycle import Context, run
@@ -37,6 +39,8 @@ async def serve(context: Context[StoreSettings]) -> None:
         raise HearthError(
             Code.INVALID_REQUEST, f"HEARTH_CHUNK_BYTES={settings.chunk_bytes} is no multiple of {PAGE_BYTES}."
         )
+    remote = read_remote_config(settings.remote_config)
+    trees = TreeConfig.of(settings.sources, remote, connections=settings.fetch_connections)
     tier = SsdTier(Path(settings.store_dir))
     try:
         # On a thread: a large pool takes seconds to touch, and the bus must be answered meanwhile.
@@ -77,12 +81,21 @@ async def serve(context: Context[StoreSettings]) -> None:
                 ssd_capacity_bytes=ssd_bytes,
                 stored=stored,
             )
+            disk = Mover(pool, threads=settings.io_threads or 4, name="disk")
+            net = Mover(pool, threads=settings.fetch_connections, name="net")
             service = StoreService(
                 context,
                 core,
                 tier,
                 ChunkReader(pool.memory, threads=settings.io_threads or 4),
-                Importer(tier, Hub(), chunk_bytes=settings.chunk_bytes),
+                Importer(
+                    tier,
+                    open_tree=lambda source: open_tree(source.url, source.revision, trees),
+                    disk=disk,
+                    net=net,
+                    chunk_bytes=settings.chunk_bytes,
+                    max_checkpoint_bytes=settings.max_checkpoint_bytes or ssd_bytes,
+                ),
             )
             try:
                 await service.start()
@@ -98,6 +111,8 @@ async def serve(context: Context[StoreSettings]) -> None:
                 await context.drain()
                 await service.drain()
             finally:
+                for mover in (disk, net):
+                    await loop.run_in_executor(None, mover.close)
                 await service.close()
         finally:
             pool.close()

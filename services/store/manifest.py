@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -472,30 +472,25 @@ def plan_reads(manifest: Manifest, extents: Sequence[Extent]) -> list[ChunkRead]
     image_bytes = manifest.image_bytes()
     if sum(extent.length for extent in extents) < image_bytes:
         raise ValueError("the extents are too short for the image")
-    starts = manifest.starts()
     plan: list[ChunkRead] = []
     for index, checksum in enumerate(manifest.chunks):
+        pieces = tuple(chunk_pieces(manifest, index))
+        length = sum(piece.length for piece in pieces)
         begin = index * manifest.chunk_bytes
-        end = min(begin + manifest.chunk_bytes, image_bytes)
-        pieces: list[FilePiece] = []
-        for number, (start, file) in enumerate(zip(starts, manifest.files, strict=True)):
-            low, high = max(begin, start), min(end, start + padded_bytes(file.bytes))
-            if low < high:
-                offset = low - start
-                pieces.append(
-                    FilePiece(
-                        file=number,
-                        offset=offset,
-                        length=high - low,
-                        data_bytes=max(0, min(high - start, file.bytes) - offset),
-                        at=low - begin,
-                    )
-                )
-        targets = tuple(slice_extents(extents, begin, end))
-        plan.append(
-            ChunkRead(index=index, length=end - begin, checksum=checksum, pieces=tuple(pieces), targets=targets)
-        )
+        targets = tuple(slice_extents(extents, begin, begin + length))
+        plan.append(ChunkRead(index=index, length=length, checksum=checksum, pieces=pieces, targets=targets))
     return plan
+
+
+def chunk_pieces(manifest: Manifest, index: int) -> Iterator[FilePiece]:
+    """The reads that make one chunk of the image, in its order; together they are as long as the chunk."""
+    begin, end = index * manifest.chunk_bytes, (index + 1) * manifest.chunk_bytes
+    for number, (start, file) in enumerate(zip(manifest.starts(), manifest.files, strict=True)):
+        low, high = max(begin, start), min(end, start + padded_bytes(file.bytes))
+        if low < high:
+            offset = low - start
+            data_bytes = max(0, min(high - start, file.bytes) - offset)
+            yield FilePiece(file=number, offset=offset, length=high - low, data_bytes=data_bytes, at=low - begin)
 
 
 def slice_extents(extents: Sequence[Extent], begin: int, end: int) -> list[Extent]:

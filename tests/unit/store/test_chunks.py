@@ -13,13 +13,11 @@ import pytest
 
 from services.store import chunks
 from services.store.chunks import ChunkReader
-from services.store.importer import Importer
-from services.store.remote import Hub
 from services.store.tier import SsdTier
 from shared.contracts.manifest import PAGE_BYTES, Manifest
 from shared.contracts.residency import Extent, Source
 from shared.errors import Code, HearthError
-from tests.unit.store.sources import LLAMA, make_source
+from tests.unit.store.sources import LLAMA, an_importer, make_source
 
 CHUNK = 2 * PAGE_BYTES
 SIZE = 64 * PAGE_BYTES
@@ -36,8 +34,8 @@ def memory() -> Iterator[memoryview]:
 def stored(tmp_path: Path) -> tuple[Path, Manifest]:
     make_source(tmp_path / "m", {**LLAMA, "odd": ("I8", (13,))})
     tier = SsdTier(tmp_path / "store")
-    importer = Importer(tier, Hub("http://127.0.0.1:9"), chunk_bytes=CHUNK)
-    outcome = importer.run(Source(url=str(tmp_path / "m")), progressed=lambda done, total: None)
+    with an_importer(tier, chunk_bytes=CHUNK) as importer:
+        outcome = importer.run(Source(url=str(tmp_path / "m")), progressed=lambda done, total: None)
     directory = Path(outcome.stored.directory)
     return directory, tier.manifest(directory)
 

@@ -7,19 +7,20 @@ import http.server
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from services.store.importer import Importer
-from services.store.remote import Hub
+from services.store.hub_tree import HubTree
+from services.store.ports import SourceTree
 from services.store.tier import SsdTier
 from shared.contracts.residency import Source
 from shared.errors import Code, HearthError
-from tests.unit.store.sources import make_source
+from tests.unit.store.sources import an_importer, local_tree, make_source
 
+Opens = Callable[[Source], SourceTree]
 COMMIT = "c0ffee0123456789c0ffee0123456789c0ffee01"
 
 
@@ -76,31 +77,38 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
+def hub(tmp_path: Path) -> Iterator[Opens]:
     FakeHub.root, FakeHub.asked = tmp_path / "repository", []
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeHub) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield Hub(f"http://127.0.0.1:{server.server_port}")
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+
+        def opened(source: Source) -> SourceTree:
+            if source.url.startswith("hf:"):
+                return HubTree(source.url, source.revision, endpoint=endpoint)
+            return local_tree(source)
+
+        yield opened
         server.shutdown()
         thread.join()
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_repository_becomes_the_checkpoint_that_its_files_would_be(hub: Hub, tmp_path: Path, shards: int) -> None:
+def test_repository_becomes_the_checkpoint_that_its_files_would_be(hub: Opens, tmp_path: Path, shards: int) -> None:
     make_source(tmp_path / "repository", shards=shards)
     (tmp_path / "repository" / "pytorch_model.bin").write_bytes(b"x")
     (tmp_path / "repository" / "modeling.py").write_bytes(b"x")
     tier = SsdTier(tmp_path / "store")
-    importer = Importer(tier, hub, chunk_bytes=8192)
-    source = Source(url="hf:org/name")
-    look = importer.look(source)
-    assert (look.revision, look.architecture) == (COMMIT, "LlamaForCausalLM")
-    outcome = importer.run(source, progressed=lambda done, total: None)
+    with an_importer(tier, open_tree=hub) as importer:
+        source = Source(url="hf:org/name")
+        look = importer.look(source)
+        assert (look.revision, look.architecture) == (COMMIT, "LlamaForCausalLM")
+        outcome = importer.run(source, progressed=lambda done, total: None)
+        local = importer.run(Source(url=str(tmp_path / "repository")), progressed=lambda done, total: None)
     assert outcome.stored.revision == COMMIT
     assert outcome.stored.image_bytes == look.image_bytes
     assert outcome.stored.stored_bytes <= look.peak_bytes
-    local = importer.run(Source(url=str(tmp_path / "repository")), progressed=lambda done, total: None)
     assert local.existing
     assert local.stored.id == outcome.stored.id
     assert not [path for path in FakeHub.asked if path.endswith((".bin", ".py", "tokenizer.model"))], (
@@ -118,19 +126,19 @@ def test_repository_becomes_the_checkpoint_that_its_files_would_be(hub: Hub, tmp
     ],
 )
 def test_what_the_hub_refuses_is_a_clear_error(
-    hub: Hub, tmp_path: Path, source: Source, code: Code, words: str
+    hub: Opens, tmp_path: Path, source: Source, code: Code, words: str
 ) -> None:
     make_source(tmp_path / "repository")
-    importer = Importer(SsdTier(tmp_path / "store"), hub, chunk_bytes=8192)
-    with pytest.raises(HearthError, match=words) as refused:
+    tier = SsdTier(tmp_path / "store")
+    with an_importer(tier, open_tree=hub) as importer, pytest.raises(HearthError, match=words) as refused:
         importer.look(source)
     assert refused.value.failure.code is code
 
 
-def test_pickles_are_refused_before_anything_is_downloaded(hub: Hub, tmp_path: Path) -> None:
+def test_pickles_are_refused_before_anything_is_downloaded(hub: Opens, tmp_path: Path) -> None:
     make_source(tmp_path / "repository")
     (tmp_path / "repository" / "model.safetensors").rename(tmp_path / "repository" / "pytorch_model.bin")
-    importer = Importer(SsdTier(tmp_path / "store"), hub, chunk_bytes=8192)
-    with pytest.raises(HearthError, match="pickled PyTorch files"):
+    tier = SsdTier(tmp_path / "store")
+    with an_importer(tier, open_tree=hub) as importer, pytest.raises(HearthError, match="pickled PyTorch files"):
         importer.look(Source(url="hf:org/name"))
     assert not [path for path in FakeHub.asked if "/resolve/" in path]

@@ -5,38 +5,52 @@ from __future__ import annotations
 import errno
 import json
 import os
-import threading
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import xxhash
 
-from services.store import convert
+from services.store.convert import ConversionOrigin, make_plan
 from services.store.importer import Importer, Outcome
-from services.store.local import open_local
-from services.store.remote import Hub
+from services.store.local import LocalTree
+from services.store.manifest import DTYPES
+from services.store.ports import Peer, SourceTree
+from services.store.source_model import open_model
 from services.store.tier import SsdTier
 from shared.contracts.manifest import Manifest, padded_bytes
 from shared.contracts.residency import Source
 from shared.errors import Code, HearthError
-from tests.unit.store.sources import CONFIG, LLAMA, Tensors, make_source, safetensors
+from tests.unit.store.sources import CONFIG, LLAMA, Tensors, an_importer, make_source, safetensors
 
 CHUNK = 8192
 
 
 @pytest.fixture
-def tier(tmp_path: Path) -> SsdTier:
-    return SsdTier(tmp_path / "store")
+def tier(tmp_path: Path) -> Iterator[SsdTier]:
+    tier = SsdTier(tmp_path / "store")
+    yield tier
+    tier.close()
 
 
-def importer(tier: SsdTier) -> Importer:
-    return Importer(tier, Hub("http://127.0.0.1:9"), chunk_bytes=CHUNK)
+@pytest.fixture
+def importer(tier: SsdTier) -> Iterator[Importer]:
+    with an_importer(tier, chunk_bytes=CHUNK) as importer:
+        yield importer
 
 
 def do_import(tier: SsdTier, directory: Path, **source: Any) -> Outcome:
-    return importer(tier).run(Source(url=str(directory), **source), progressed=lambda done, total: None)
+    with an_importer(tier, chunk_bytes=CHUNK) as importer:
+        return importer.run(Source(url=str(directory), **source), progressed=lambda done, total: None)
+
+
+def is_empty(tier: SsdTier) -> bool:
+    """Whether nothing is in the tier or on its way."""
+    return os.listdir(tier.checkpoints) == os.listdir(tier.root / "incoming") == []
 
 
 def manifest_of(tier: SsdTier, outcome: Outcome) -> Manifest:
@@ -51,12 +65,12 @@ def contents_of(tier: SsdTier, outcome: Outcome) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_every_tensor_arrives_unchanged_and_every_chunk_has_its_checksum(
-    tier: SsdTier, tmp_path: Path, shards: int
+    tier: SsdTier, importer: Importer, tmp_path: Path, shards: int
 ) -> None:
     tensors: Tensors = {**LLAMA, "odd": ("I8", (13,)), "empty": ("F32", (0, 4))}
     contents = make_source(tmp_path / "m", tensors, shards=shards)
     progress: list[tuple[int, int]] = []
-    outcome = importer(tier).run(Source(url=str(tmp_path / "m")), progressed=lambda *at: progress.append(at))
+    outcome = importer.run(Source(url=str(tmp_path / "m")), progressed=lambda *at: progress.append(at))
     assert contents_of(tier, outcome) == contents
     manifest = manifest_of(tier, outcome)
     data = Path(outcome.stored.directory, "model.safetensors").read_bytes()
@@ -65,8 +79,7 @@ def test_every_tensor_arrives_unchanged_and_every_chunk_has_its_checksum(
     assert list(manifest.chunks) == [
         xxhash.xxh3_64_hexdigest(image[at : at + CHUNK]) for at in range(0, len(image), CHUNK)
     ]
-    assert progress[-1] == (len(data), len(data))
-    assert [done for done, _ in progress] == sorted(done for done, _ in progress)
+    assert progress[-1] == (len(image), len(image))
     names = list(manifest.tensors)
     assert names.index("model.embed_tokens.weight") < names.index("model.layers.10.self_attn.q_proj.weight")
     assert names[-1] == "odd"
@@ -77,9 +90,9 @@ def test_every_tensor_arrives_unchanged_and_every_chunk_has_its_checksum(
     assert not facts.has_chat_template
 
 
-def test_what_is_stored_takes_no_more_than_was_announced(tier: SsdTier, tmp_path: Path) -> None:
+def test_what_is_stored_takes_no_more_than_was_announced(tier: SsdTier, importer: Importer, tmp_path: Path) -> None:
     make_source(tmp_path / "m")
-    look = importer(tier).look(Source(url=str(tmp_path / "m")))
+    look = importer.look(Source(url=str(tmp_path / "m")))
     outcome = do_import(tier, tmp_path / "m")
     assert outcome.stored.stored_bytes <= look.peak_bytes
     assert outcome.stored.image_bytes == look.image_bytes
@@ -179,32 +192,36 @@ def _link_out(name: str) -> Callable[[Path], None]:
         (_link_out("tokenizer.json"), Code.INVALID_CHECKPOINT, "link that leaves"),
     ],
 )
-def test_refusals(tier: SsdTier, tmp_path: Path, damage: Callable[[Path], None], code: Code, words: str) -> None:
+def test_refusals(
+    tier: SsdTier, importer: Importer, tmp_path: Path, damage: Callable[[Path], None], code: Code, words: str
+) -> None:
     make_source(tmp_path / "m")
     damage(tmp_path / "m")
-    for call in (importer(tier).look, lambda source: do_import(tier, Path(source.url))):
+    for call in (importer.look, lambda source: do_import(tier, Path(source.url))):
         with pytest.raises(HearthError, match=words) as refused:
             call(Source(url=str(tmp_path / "m")))
         assert refused.value.failure.code is code
-    assert os.listdir(tier.checkpoints) == os.listdir(tier.root / "incoming") == []
+    assert is_empty(tier)
 
 
-def test_paths_that_no_filesystem_takes_are_clear_errors(tier: SsdTier) -> None:
+def test_paths_that_no_filesystem_takes_are_clear_errors(tier: SsdTier, importer: Importer) -> None:
     for url in ("/" + "x" * 5000, "/x\0y", "/" + "x/" * 5000):
         with pytest.raises(HearthError) as refused:
-            importer(tier).look(Source(url=url))
+            importer.look(Source(url=url))
         assert refused.value.failure.code in (Code.INVALID_CHECKPOINT, Code.CHECKPOINT_UNAVAILABLE)
 
 
-def test_missing_directory_file_and_relative_path_are_refused(tier: SsdTier, tmp_path: Path) -> None:
+def test_missing_directory_file_and_relative_path_are_refused(
+    tier: SsdTier, importer: Importer, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("x")
     cases = {str(tmp_path / "none"): "does not exist", str(tmp_path / "file"): "not a directory", "m": "neither"}
     for url, words in cases.items():
         with pytest.raises(HearthError, match=words):
-            importer(tier).look(Source(url=url))
+            importer.look(Source(url=url))
     make_source(tmp_path / "m")
     with pytest.raises(HearthError, match="none of") as refused:
-        importer(tier).look(Source(url=str(tmp_path / "m"), dtype="int3"))
+        importer.look(Source(url=str(tmp_path / "m"), dtype="int3"))
     assert refused.value.failure.code is Code.INVALID_REQUEST
 
 
@@ -226,46 +243,51 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing(
     with pytest.raises(HearthError, match="has 1000 free") as refused:
         do_import(tier, tmp_path / "m")
     assert refused.value.failure.code is Code.NO_CAPACITY
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     monkeypatch.undo()
-    monkeypatch.setattr(convert.os, "posix_fallocate", full)
-    with pytest.raises(HearthError, match="disk is full") as refused:
-        do_import(tier, tmp_path / "m")
-    assert refused.value.failure.code is Code.NO_CAPACITY
-    assert os.listdir(tier.checkpoints) == os.listdir(tier.root / "incoming") == []
+    for number, code in ((errno.ENOSPC, Code.NO_CAPACITY), (errno.EIO, Code.CHECKPOINT_UNAVAILABLE)):
+        for call in ("posix_fallocate", "pwrite", "fsync"):
+
+            def fail(*_: object, number: int = number) -> None:
+                raise OSError(number, os.strerror(number))
+
+            monkeypatch.setattr(os, call, fail)
+            with pytest.raises(HearthError) as refused:
+                do_import(tier, tmp_path / "m")
+            monkeypatch.undo()
+            assert refused.value.failure.code is code, call
+            assert is_empty(tier)
 
 
-def test_a_source_that_changes_meanwhile_is_noticed(tier: SsdTier, tmp_path: Path) -> None:
+def test_a_source_that_is_too_large_is_refused_before_anything_is_read(tier: SsdTier, tmp_path: Path) -> None:
+    make_source(tmp_path / "m")
+    source = Source(url=str(tmp_path / "m"))
+    with an_importer(tier, max_checkpoint_bytes=1000) as importer:
+        with pytest.raises(HearthError, match="at most 1000") as refused:
+            importer.look(source)
+        assert refused.value.failure.code is Code.TOO_LARGE
+        with pytest.raises(HearthError, match="at most 1000"):
+            importer.run(source, progressed=lambda done, total: None)
+    assert is_empty(tier)
+
+
+def test_a_source_that_changes_meanwhile_is_noticed(tier: SsdTier, importer: Importer, tmp_path: Path) -> None:
     make_source(tmp_path / "m")
 
     def touch(done: int, total: int) -> None:
         os.utime(tmp_path / "m" / "model.safetensors", ns=(done, done))
 
-    with pytest.raises(HearthError, match="changed while"):
-        importer(tier).run(Source(url=str(tmp_path / "m")), progressed=touch)
-    assert os.listdir(tier.checkpoints) == []
-
-
-def test_a_closed_importer_stops_and_leaves_nothing(tier: SsdTier, tmp_path: Path) -> None:
-    make_source(tmp_path / "m")
-    one = importer(tier)
-    with pytest.raises(HearthError) as refused:
-        one.run(Source(url=str(tmp_path / "m")), progressed=lambda done, total: one.close())
-    assert refused.value.failure.code is Code.DRAINING
-    assert os.listdir(tier.checkpoints) == os.listdir(tier.root / "incoming") == []
-
-
-def test_a_hub_that_cannot_be_reached_is_a_clear_error(tier: SsdTier) -> None:
-    with pytest.raises(HearthError, match="hub cannot be reached for org/name") as refused:
-        importer(tier).look(Source(url="hf:org/name"))
+    with pytest.raises(HearthError, match=r"changed while .* try again") as refused:
+        importer.run(Source(url=str(tmp_path / "m")), progressed=touch)
     assert refused.value.failure.code is Code.CHECKPOINT_UNAVAILABLE
-    for url in ("hf:", "hf:../x", "hf:a/b/c", "hf:a b"):
-        with pytest.raises(HearthError) as refused:
-            importer(tier).look(Source(url=url))
-        assert refused.value.failure.code is Code.INVALID_REQUEST
+    assert is_empty(tier)
+
+
+def test_a_closed_importer_stops_and_leaves_nothing(tier: SsdTier, importer: Importer, tmp_path: Path) -> None:
+    make_source(tmp_path / "m")
+    with pytest.raises(HearthError) as refused:
+        importer.run(Source(url=str(tmp_path / "m")), progressed=lambda done, total: importer.close())
+    assert refused.value.failure.code is Code.DRAINING
+    assert is_empty(tier)
 
 
 @pytest.mark.torch
@@ -298,7 +320,7 @@ def test_from_pretrained_gives_the_same_model_bit_for_bit(
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
     assert AutoTokenizer.from_pretrained(stored.directory)("the fire").input_ids
     with safe_open(Path(stored.directory, "model.safetensors"), "pt") as file:
-        assert set(file.keys()) == set(open_local(source).tensors)
+        assert set(file.keys()) == set(open_model(LocalTree(source)).tensors)
 
 
 @pytest.mark.torch
@@ -324,18 +346,15 @@ def test_cast_gives_what_torch_gives(tier: SsdTier, tmp_path: Path, dtype: str) 
 
 
 def test_moving_bytes_needs_no_torch(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     make_source(tmp_path / "m")
     script = (
-        "import sys; sys.modules['torch'] = None; from pathlib import Path; from services.store.main import main;"
-        "from services.store.importer import Importer; from services.store.tier import SsdTier;"
-        "from shared.contracts.residency import Source;"
-        f"one = Importer(SsdTier(Path({str(tmp_path / 'store')!r})), None, chunk_bytes=8192);"
-        f"print(one.run(Source(url={str(tmp_path / 'm')!r}), progressed=lambda a, b: None).stored.id)\n"
-        f"try: one.look(Source(url={str(tmp_path / 'm')!r}, dtype='bfloat16'))\n"
-        "except Exception as error: print(error)"
+        "import sys; sys.modules['torch'] = None; from pathlib import Path;"
+        "from services.store.tier import SsdTier; from shared.contracts.residency import Source;"
+        "from tests.unit.store.sources import an_importer\n"
+        f"with an_importer(SsdTier(Path({str(tmp_path / 'store')!r}))) as one:\n"
+        f"  print(one.run(Source(url={str(tmp_path / 'm')!r}), progressed=lambda a, b: None).stored.id)\n"
+        f"  try: one.look(Source(url={str(tmp_path / 'm')!r}, dtype='bfloat16'))\n"
+        "  except Exception as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
@@ -344,20 +363,278 @@ def test_moving_bytes_needs_no_torch(tmp_path: Path) -> None:
     assert "needs torch" in refusal
 
 
-def test_pieces_of_a_file_that_becomes_shorter(tmp_path: Path) -> None:
+def test_a_file_that_becomes_shorter_while_it_is_read(tmp_path: Path) -> None:
     make_source(tmp_path / "m")
-    source = open_local(tmp_path / "m")
-    plan = convert.make_plan(source, None, chunk_bytes=CHUNK)
+    tree = LocalTree(tmp_path / "m")
+    origin = ConversionOrigin(tree, make_plan(tree, open_model(tree), None, chunk_bytes=CHUNK), chunk_bytes=CHUNK)
     os.truncate(tmp_path / "m" / "model.safetensors", 1000)
-    (tmp_path / "out").mkdir()
-    with pytest.raises(HearthError, match="truncated"):
-        convert.run_import(
-            source,
-            plan,
-            tmp_path / "out",
-            asked=Source(url="x"),
-            revision="",
-            chunk_bytes=CHUNK,
-            progressed=lambda done, total: None,
-            stop=threading.Event(),
-        )
+    with pytest.raises(HearthError, match="changed while"):
+        origin.read(1, memoryview(bytearray(CHUNK)))
+
+
+# -- any chunk, in any order, from any kind of source
+
+
+class PlainTree:
+    """A source without scattered reads, over a network, that counts what is asked of it."""
+
+    remote = True
+
+    def __init__(self, directory: Path) -> None:
+        self._tree = LocalTree(directory)
+        self.url, self.revision = self._tree.url, self._tree.revision
+        self.files: Mapping[str, int] = self._tree.files
+        self.reads: list[tuple[str, int, int]] = []
+
+    def read(self, name: str, offset: int, into: memoryview) -> None:
+        self.reads.append((name, offset, len(into)))
+        self._tree.read(name, offset, into)
+
+    def read_small(self, name: str, limit_bytes: int) -> bytes:
+        return self._tree.read_small(name, limit_bytes)
+
+    def close(self) -> None:
+        self._tree.close()
+
+
+def image_of(tree: SourceTree, dtype: str | None, chunk_bytes: int) -> bytes:
+    plan = make_plan(tree, open_model(tree), dtype, chunk_bytes=chunk_bytes)
+    origin = ConversionOrigin(tree, plan, chunk_bytes=chunk_bytes)
+    image = bytearray(plan.image_bytes)
+    for index in reversed(range(-(-len(image) // chunk_bytes))):
+        origin.read(index, memoryview(image)[index * chunk_bytes : (index + 1) * chunk_bytes])
+    return bytes(image)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float16", "float32"])
+def test_every_size_of_chunks_and_kind_of_source_gives_the_same_image(tmp_path: Path, dtype: str | None) -> None:
+    tensors: Tensors = {**LLAMA, "half": ("BF16", (33, 7)), "double": ("F64", (9, 3)), "odd": ("I8", (13,))}
+    make_source(tmp_path / "m", tensors, shards=3, finite=True)
+    images = {image_of(LocalTree(tmp_path / "m"), dtype, 4096 * pages) for pages in (1, 2, 3, 7, 1000)}
+    images |= {image_of(PlainTree(tmp_path / "m"), dtype, 4096 * pages) for pages in (1, 3, 1000)}
+    assert len(images) == 1
+
+
+@pytest.mark.torch
+def test_elements_across_the_border_of_chunks(tmp_path: Path) -> None:
+    make_source(tmp_path / "m", finite=True)
+    tree = LocalTree(tmp_path / "m")
+    plan = make_plan(tree, open_model(tree), "bfloat16", chunk_bytes=4096)
+    whole = bytearray(plan.image_bytes)
+    ConversionOrigin(tree, plan, chunk_bytes=plan.image_bytes).read(0, memoryview(whole))
+    odd = ConversionOrigin(tree, plan, chunk_bytes=333)  # borders within elements of two bytes
+    parts = bytearray(plan.image_bytes)
+    for at in range(0, len(parts), 333):
+        odd.read(at // 333, memoryview(parts)[at : at + 333])
+    assert parts == whole
+
+
+def test_many_small_tensors_are_read_at_once(tmp_path: Path) -> None:
+    experts: Tensors = {
+        f"model.layers.0.mlp.experts.{number}.w{part}.weight": ("BF16", (4, 8))
+        for number in range(300)
+        for part in (1, 2)
+    }
+    make_source(tmp_path / "m", dict(sorted({**LLAMA, **experts}.items())))
+    tree = PlainTree(tmp_path / "m")
+    plan = make_plan(tree, open_model(tree), None, chunk_bytes=2**20)
+    tree.reads.clear()
+    origin = ConversionOrigin(tree, plan, chunk_bytes=2**20)
+    origin.read(0, memoryview(bytearray(min(2**20, plan.image_bytes))))
+    assert len(tree.reads) == 1
+
+
+def test_looking_at_a_source_over_a_network_reads_configuration_and_headers_only(tmp_path: Path) -> None:
+    tensors: Tensors = {f"model.layers.{number}.big": ("F32", (300, 1000)) for number in range(4)}
+    make_source(tmp_path / "m", tensors, shards=4)
+    tree = PlainTree(tmp_path / "m")
+    make_plan(tree, open_model(tree), None, chunk_bytes=CHUNK, compare=False)
+    assert sum(length for _, _, length in tree.reads) < 0.3 * sum(tree.files.values())
+    assert {name for name, _, _ in tree.reads} == {name for name in tree.files if name.endswith(".safetensors")}
+
+
+# -- dtypes
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+def test_every_dtype_of_safetensors_is_kept_as_it_is(tier: SsdTier, tmp_path: Path, dtype: str) -> None:
+    contents = make_source(tmp_path / "m", {**LLAMA, "model.layers.0.mlp.scale": (dtype, (4, 24))})
+    outcome = do_import(tier, tmp_path / "m")
+    assert contents_of(tier, outcome) == contents
+    assert manifest_of(tier, outcome).tensors["model.layers.0.mlp.scale"].dtype == dtype
+
+
+@pytest.mark.torch
+def test_fp8_and_integers_are_not_cast_and_open_in_safetensors(tier: SsdTier, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    torch.manual_seed(0)
+    tensors = {
+        "model.embed_tokens.weight": torch.randn(64, 32),
+        "model.layers.0.q.weight": torch.randn(32, 32).to(torch.float8_e4m3fn),
+        "model.layers.0.v.weight": torch.randn(32, 32).to(torch.float8_e5m2),
+        "model.layers.0.steps": torch.arange(5),
+        "model.layers.0.norm": torch.randn(32, dtype=torch.float64),
+    }
+    make_source(tmp_path / "m")
+    save_file(tensors, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    for asked, dtype in ((None, None), ("bfloat16", torch.bfloat16)):
+        stored = do_import(tier, tmp_path / "m", dtype=asked).stored
+        found = load_file(Path(stored.directory, "model.safetensors"))
+        assert found.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            cast = dtype is not None and tensor.dtype in (torch.float32, torch.float64)
+            wanted = tensor.to(dtype) if cast else tensor
+            assert found[name].dtype == wanted.dtype
+            assert torch.equal(found[name].view(torch.uint8), wanted.view(torch.uint8)), name
+
+
+# -- sources in Hearth's form
+
+
+class Copying:
+    """A fetcher that notes what it is asked to bring."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Manifest, SourceTree | None]] = []
+        self.known: bytes | None = None
+
+    def manifest(self, checkpoint_id: str, peers: Sequence[Peer]) -> bytes | None:
+        return self.known
+
+    def run(self, manifest: Manifest, data: bytes, tree: Any = None, **how: Any) -> Any:
+        self.asked.append((manifest, tree))
+        if tree is None:
+            raise HearthError(Code.CHECKPOINT_UNAVAILABLE, "The peers are gone.")
+        return manifest.checkpoint.checkpoint_id
+
+    def chunk(self, manifest: Manifest, index: int, into: memoryview, peers: Sequence[Peer]) -> bool:
+        return False
+
+
+@pytest.fixture
+def hearth_form(tier: SsdTier, tmp_path: Path) -> Path:
+    """A directory in Hearth's form."""
+    make_source(tmp_path / "m")
+    return Path(do_import(tier, tmp_path / "m").stored.directory).rename(tmp_path / "exported")
+
+
+def test_a_source_in_hearths_form_is_fetched_as_it_is(tier: SsdTier, hearth_form: Path) -> None:
+    fetcher, source = Copying(), Source(url=str(hearth_form))
+    with an_importer(tier, fetcher=fetcher) as importer:
+        look = importer.look(source)
+        assert importer.run(source, progressed=lambda done, total: None) == look.checkpoint_id
+    ((manifest, tree),) = fetcher.asked
+    assert manifest.checkpoint.checkpoint_id == look.checkpoint_id
+    assert (manifest.source, manifest.revision) == (source, look.revision)
+    assert tree is not None
+    assert (look.arrived_bytes, look.image_bytes) == (0, manifest.image_bytes())
+
+
+def test_a_source_in_hearths_form_is_not_cast(tier: SsdTier, hearth_form: Path) -> None:
+    fetcher = Copying()
+    with an_importer(tier, fetcher=fetcher) as importer:
+        with pytest.raises(HearthError, match=r"of dtype float32, .* to cast it to bfloat16") as refused:
+            importer.look(Source(url=str(hearth_form), dtype="bfloat16"))
+        assert refused.value.failure.code is Code.UNSUPPORTED
+        assert importer.look(Source(url=str(hearth_form), dtype="float32")).checkpoint_id
+
+
+@pytest.mark.parametrize("what", ["id", "chunk", "tied", "tensor", "head", "twice", "architecture"])
+def test_a_manifest_that_is_not_that_of_its_files_is_refused(tier: SsdTier, hearth_form: Path, what: str) -> None:
+    path = hearth_form / "hearth.json"
+    table = json.loads(path.read_bytes())
+    match what:
+        case "id":
+            table["checkpoint"]["checkpoint_id"] = "0" * 32
+        case "chunk":
+            table["chunks"][1] = "0" * 16
+        case "tied":
+            table["tied"] = {"x": "model.norm.weight"}
+        case "tensor":
+            one, other = (table["tensors"][f"model.layers.{n}.self_attn.q_proj.weight"] for n in (0, 1))
+            one["offset"], other["offset"] = other["offset"], one["offset"]
+            order = sorted(table["tensors"].items(), key=lambda item: item[1]["offset"])
+            table["tensors"] = dict(order)
+        case "head":
+            weights = hearth_form / "model.safetensors"
+            data = weights.read_bytes()
+            weights.write_bytes(data.replace(b'"format":"pt"', b'"format":"tf"', 1))
+        case "architecture":
+            table["checkpoint"]["architecture"] = "OtherForCausalLM"
+    text = json.dumps(table)
+    path.write_text(text.replace('"chunk_bytes"', '"chunk_bytes": 4096, "chunk_bytes"', 1) if what == "twice" else text)
+    with an_importer(tier, fetcher=Copying()) as importer:
+        with pytest.raises(HearthError) as refused:
+            importer.look(Source(url=str(hearth_form)))
+        assert refused.value.failure.code is Code.CHECKPOINT_CORRUPT
+
+
+def test_peers_are_asked_first_and_the_source_when_they_are_gone(tier: SsdTier, hearth_form: Path) -> None:
+    fetcher, peers = Copying(), [Peer("one", "http://one", whole=True)]
+    fetcher.known = (hearth_form / "hearth.json").read_bytes()
+    with an_importer(tier, fetcher=fetcher) as importer:
+        source = Source(url=str(hearth_form))
+        id = importer.look(source).checkpoint_id
+        importer.run(source, checkpoint_id=id, peers=lambda: peers, progressed=lambda done, total: None)
+        assert [tree is None for _, tree in fetcher.asked] == [True, False]
+        assert importer.look(Source(url="/nowhere"), id, peers).checkpoint_id == id
+        with pytest.raises(HearthError, match="does not exist"):
+            importer.look(Source(url="/nowhere"), "f" * 32, peers)
+
+
+# -- repair
+
+
+@pytest.mark.parametrize("form", ["hugging face", "hearth", "changed", "gone"])
+def test_a_chunk_is_made_again_from_the_source_if_that_is_what_it_was(
+    tier: SsdTier, tmp_path: Path, hearth_form: Path, form: str
+) -> None:
+    stored = do_import(tier, tmp_path / "m").stored
+    manifest = tier.manifest(Path(stored.directory))
+    if form == "hearth":
+        manifest = msgspec.structs.replace(manifest, source=Source(url=str(hearth_form)))
+    elif form == "changed":
+        os.utime(tmp_path / "m" / "model.safetensors", ns=(1, 1))
+    elif form == "gone":
+        (tmp_path / "m").rename(tmp_path / "n")
+    image = Path(stored.directory, "model.safetensors").read_bytes().ljust(manifest.image_bytes(), b"\0")
+    with an_importer(tier, fetcher=Copying()) as importer:
+        repair = importer.repairer(stored, manifest, lambda: ())
+        for index in range(len(manifest.chunks)):
+            wanted = image[index * CHUNK : (index + 1) * CHUNK]
+            buffer = bytearray(b"?" * len(wanted))
+            if form == "gone":
+                with pytest.raises(HearthError, match="does not exist"):
+                    repair(index, memoryview(buffer))
+            else:
+                assert repair(index, memoryview(buffer)) == (form != "changed")
+                assert (bytes(buffer) == wanted) == (form != "changed")
+
+
+# -- memory
+
+
+@pytest.mark.slow
+def test_a_large_import_needs_little_memory(tmp_path: Path) -> None:
+    """One tensor of 1.5 GB: what stays resident is a chunk per thread and no more."""
+    header = json.dumps(
+        {"model.embed_tokens.weight": {"dtype": "BF16", "shape": [750_000, 1000], "data_offsets": [0, 1_500_000_000]}}
+    )
+    make_source(tmp_path / "m")
+    with (tmp_path / "m" / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header.encode())
+        file.truncate(8 + len(header) + 1_500_000_000)
+    script = (
+        "import resource; from pathlib import Path; from services.store.tier import SsdTier;"
+        "from shared.contracts.residency import Source; from tests.unit.store.sources import an_importer\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        f"with an_importer(SsdTier(Path({str(tmp_path / 'store')!r})), chunk_bytes=2**24, threads=4) as one:\n"
+        f"  one.run(Source(url={str(tmp_path / 'm')!r}), progressed=lambda a, b: None)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 160 * 1024  # KiB: four chunks of 16 MiB, and what modules take

@@ -13,21 +13,19 @@ from pathlib import Path
 import pytest
 
 from services.store.arriving import Arriving
-from services.store.importer import Importer
-from services.store.remote import Hub
 from services.store.tier import SsdTier
 from shared.contracts.manifest import Manifest
 from shared.contracts.residency import Source
 from shared.errors import Code, HearthError
 from tests.builders.checkpoints import WEIGHTS, make_checkpoint
-from tests.unit.store.sources import make_source
+from tests.unit.store.sources import an_importer, make_source
 
 
 def fill(root: Path, source: Path) -> str:
     """Import a source into a tier of its own life; the checkpoint's id."""
     tier = SsdTier(root)
-    importer = Importer(tier, Hub("http://127.0.0.1:9"), chunk_bytes=8192)
-    outcome = importer.run(Source(url=str(source)), progressed=lambda done, total: None)
+    with an_importer(tier) as importer:
+        outcome = importer.run(Source(url=str(source)), progressed=lambda done, total: None)
     tier.close()
     return outcome.stored.id
 
@@ -84,10 +82,10 @@ def test_killed_in_the_middle_of_an_import_nothing_is_claimed(tmp_path: Path) ->
     make_source(tmp_path / "m")
     script = (
         "import os, signal; from pathlib import Path;"
-        "from services.store.importer import Importer; from services.store.tier import SsdTier;"
-        "from shared.contracts.residency import Source;"
-        f"one = Importer(SsdTier(Path({str(tmp_path / 'store')!r})), None, chunk_bytes=8192);"
-        f"one.run(Source(url={str(tmp_path / 'm')!r}), progressed=lambda a, b: os.kill(os.getpid(), signal.SIGKILL))"
+        "from services.store.tier import SsdTier; from tests.unit.store.sources import an_importer;"
+        "from shared.contracts.residency import Source\n"
+        f"with an_importer(SsdTier(Path({str(tmp_path / 'store')!r}))) as one:"
+        f" one.run(Source(url={str(tmp_path / 'm')!r}), progressed=lambda a, b: os.kill(os.getpid(), signal.SIGKILL))"
     )
     done = subprocess.run([sys.executable, "-c", script], timeout=60, check=False)
     assert done.returncode == -9
