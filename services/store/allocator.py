@@ -56,13 +56,20 @@ class Allocator:
             Extent(offset=first * self.chunk_bytes, length=count * self.chunk_bytes) for first, count in taken if count
         )
 
+    def reserve(self, extents: Iterable[Extent]) -> None:
+        """Take exactly these chunks. Raises ValueError, having taken none, if they are not free or no whole chunks."""
+        runs = [self._run(extent) for extent in extents]
+        before = self._free
+        for first, count in runs:
+            if not any(other <= first and first + count <= other + length for other, length in self._free):
+                self._free = before
+                raise ValueError(f"chunks {first} to {first + count - 1} are not free")
+            self._take(first, count)
+
     def free(self, extents: Iterable[Extent]) -> None:
         """Give chunks back. Raises ValueError if some are free already or no whole chunks."""
         for extent in extents:
-            first, misfit = divmod(extent.offset, self.chunk_bytes)
-            count, misfit_too = divmod(extent.length, self.chunk_bytes)
-            if misfit or misfit_too or first < 0 or first + count > self.chunk_count:
-                raise ValueError(f"{extent} is no run of chunks")
+            first, count = self._run(extent)
             for other, length in self._free:
                 if first < other + length and other < first + count:
                     raise ValueError(f"{extent} is free already")
@@ -75,6 +82,13 @@ class Allocator:
             else:
                 merged.append((first, count))
         self._free = merged
+
+    def _run(self, extent: Extent) -> tuple[int, int]:
+        first, misfit = divmod(extent.offset, self.chunk_bytes)
+        count, misfit_too = divmod(extent.length, self.chunk_bytes)
+        if misfit or misfit_too or first < 0 or count <= 0 or first + count > self.chunk_count:
+            raise ValueError(f"{extent} is no run of chunks")
+        return first, count
 
     def _take(self, first: int, count: int) -> None:
         left: list[tuple[int, int]] = []

@@ -230,7 +230,9 @@ class ImportDone:
     """`RunImport` has ended well: the checkpoint is durable in the SSD tier.
 
     `existing`: the same checkpoint was there already and has been kept. `in_dram`: every chunk is verified in the
-    extents that the action named, too.
+    extents that the action named, too. `remote_bytes` came from the source and `peer_bytes` from peers, `moved_bytes`
+    of the image in all (less than all of it when an earlier run has left some); `waited_s` of `seconds` were spent
+    behind others.
     """
 
     source: Source
@@ -241,6 +243,7 @@ class ImportDone:
     in_dram: bool = False
     peer_bytes: int = 0
     moved_bytes: int = 0
+    waited_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -477,11 +480,16 @@ class SavePins:
 class PlanImport:
     """Find out what a source is now and how much room it needs (do) → `ImportPlanned` or `ImportFailed`.
 
-    With a `checkpoint_id`, peers that have it are asked before the source.
+    With a `checkpoint_id`, peers that have it are asked before the source; a `peers_only` source is nowhere else.
     """
 
     source: Source
     checkpoint_id: str = ""
+
+
+def peers_only(checkpoint_id: str) -> Source:
+    """Stands for a checkpoint whose source nobody has named: peers have it, or nobody."""
+    return Source(url=f"peer:{checkpoint_id}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,9 @@ from services.store.events import (
     Answer,
     BusBack,
     BusLost,
+    CheckpointQuarantined,
     CheckpointRemoved,
+    ClearBoard,
     DrainAsked,
     Event,
     EvictAsked,
@@ -37,6 +39,7 @@ from services.store.events import (
     Note,
     PlanImport,
     PublishProgress,
+    QuarantineCheckpoint,
     ReadDone,
     ReadFailed,
     ReadImage,
@@ -45,6 +48,8 @@ from services.store.events import (
     RemoveCheckpoint,
     RenewAsked,
     RunImport,
+    SavePool,
+    SetPriority,
     SourceInspected,
     TouchRecord,
 )
@@ -163,6 +168,8 @@ class StoreService:
             case Note(event, facts):
                 self._context.event(event, **facts)
                 EVENTS.labels(event).inc()
+            case SavePool() | ClearBoard() | SetPriority():
+                pass  # this life's pool goes with it, nobody is told to look at its board, and reads are not shared
             case InspectSource() | PlanImport() | RunImport() | ReadImage() | RemoveCheckpoint():
                 raise AssertionError(f"{action} is no tell")
             case _:
@@ -192,6 +199,9 @@ class StoreService:
                 except HearthError as error:
                     return CheckpointRemoved(checkpoint_id, error.failure)
                 return CheckpointRemoved(checkpoint_id)
+            case QuarantineCheckpoint(checkpoint_id, directory, reason):
+                place = await self._on(self._remove_thread, partial(self._tier.quarantine, Path(directory), reason))
+                return CheckpointQuarantined(checkpoint_id, str(place))
             case _:
                 raise AssertionError(f"{action} is no long action")
 
@@ -207,8 +217,8 @@ class StoreService:
         return ImportDone(source, outcome.stored, outcome.remote_bytes, outcome.seconds, outcome.existing)
 
     async def _read_image(self, action: ReadImage) -> Event:
-        id, directory = action.stored.id, Path(action.stored.directory)
-        post = _Throttle(lambda done, _: self._driver.post_threadsafe(ReadProgressed(id, done)))
+        job, directory = action.job, Path(action.stored.directory)
+        post = _Throttle(lambda done, _: self._driver.post_threadsafe(ReadProgressed(job, done)))
 
         def read() -> Any:
             manifest = self._tier.manifest(directory)
@@ -224,16 +234,16 @@ class StoreService:
         try:
             report = await self._on(self._load_thread, read)
         except HearthError as error:
-            return ReadFailed(id, error.failure)
+            return ReadFailed(job, error.failure)
         except OSError as error:
             message = f"The checkpoint cannot be read: {error}."
-            return ReadFailed(id, Failure(code=Code.CHECKPOINT_UNAVAILABLE, message=message))
+            return ReadFailed(job, Failure(code=Code.CHECKPOINT_UNAVAILABLE, message=message))
         if not report.direct and not self._told_of_buffered_reads:
             self._told_of_buffered_reads = True
             self._context.log.warning("reads.buffered", directory=str(self._tier.root), reason="no O_DIRECT here")
         READ_SECONDS.observe(report.seconds)
         READ_BYTES.inc(action.stored.image_bytes)
-        return ReadDone(id, report.seconds)
+        return ReadDone(job, report.seconds)
 
     async def _on(self, thread: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(thread, work)

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import random
-from typing import Any
-
 import pytest
 
-from services.store.allocator import Allocator
 from services.store.events import (
     AcquireAsked,
-    Action,
-    Answer,
     BusBack,
     BusLost,
+    CheckpointQuarantined,
     CheckpointRemoved,
     DrainAsked,
-    Event,
     EvictAsked,
     ImportAsked,
     ImportDone,
@@ -26,10 +20,8 @@ from services.store.events import (
     InspectAsked,
     InspectFailed,
     InspectSource,
-    Note,
     PlanImport,
-    PublishProgress,
-    ReadDone,
+    QuarantineCheckpoint,
     ReadFailed,
     ReadImage,
     ReadProgressed,
@@ -38,13 +30,13 @@ from services.store.events import (
     RenewAsked,
     RunImport,
     SourceInspected,
-    StoredCheckpoint,
 )
-from services.store.residency import INTEREST_S, ROOM_GRACE_S, Residency, trim
+from services.store.loads import ROOM_GRACE_S
+from services.store.residency import trim
+from services.store.wants import INTEREST_S
 from shared.contracts.records import Phase
 from shared.contracts.residency import (
     Acquire,
-    Checkpoint,
     Done,
     Evict,
     Import,
@@ -56,103 +48,9 @@ from shared.contracts.residency import (
     Release,
     Renew,
     Renewed,
-    Source,
 )
 from shared.errors import Code, Failure
-
-CHUNK = 4096
-
-
-def source(name: str) -> Source:
-    return Source(url=f"/models/{name}")
-
-
-def stored(name: str, chunks: int = 1, *, slack_bytes: int = 0) -> StoredCheckpoint:
-    checkpoint = Checkpoint(
-        checkpoint_id=name,
-        architecture="LlamaForCausalLM",
-        weight_bytes=chunks * CHUNK - slack_bytes,
-        parameters=1,
-        dtype="float32",
-        max_context_tokens=128,
-        kv_bytes_per_token=64,
-        vocab_tokens=32,
-        has_chat_template=True,
-    )
-    return StoredCheckpoint(
-        checkpoint=checkpoint,
-        directory=f"/store/{name}",
-        stored_bytes=chunks * CHUNK + 100,
-        image_bytes=chunks * CHUNK,
-        source=source(name),
-        revision="r1",
-    )
-
-
-class Desk:
-    """Drives a core by hand: a clock, the answers by caller, and the work that is wanted and not done yet."""
-
-    def __init__(self, *known: StoredCheckpoint, dram_chunks: int = 8, ssd_bytes: int = 1_000_000) -> None:
-        self.now = 100.0
-        self.core = Residency(
-            server_id="s1",
-            nonce="n",
-            segment="/dev/shm/x",
-            allocator=Allocator(chunk_bytes=CHUNK, chunk_count=dram_chunks),
-            ssd_capacity_bytes=ssd_bytes,
-            stored=known,
-        )
-        self.answers: dict[str, list[Any]] = {}
-        self.work: list[Action] = []
-        self.published: list[PublishProgress] = []
-        self.notes: list[Note] = []
-
-    def post(self, event: Event | None) -> None:
-        for action in self.core.handle(event, self.now):
-            match action:
-                case Answer(reply, message):
-                    self.answers.setdefault(reply, []).append(message)
-                case PublishProgress():
-                    self.published.append(action)
-                case Note():
-                    self.notes.append(action)
-                case InspectSource() | PlanImport() | RunImport() | ReadImage() | RemoveCheckpoint():
-                    self.work.append(action)
-        self.core.check()
-
-    def after(self, seconds: float) -> None:
-        """Let time pass, waking the core at each of its deadlines."""
-        end = self.now + seconds
-        while (deadline := self.core.deadline()) is not None and deadline <= end:
-            self.now = max(self.now, deadline)
-            self.post(None)
-        self.now = end
-        self.post(None)
-
-    def acquire(self, name: str, caller: str = "a", *, holder: str = "w1", wait_s: float = 1.0, ttl_s: float = 10.0,
-                id: str | None = None, deployment: str = "") -> Any:  # fmt: skip
-        message = Acquire(
-            checkpoint_id=name if id is None else id,
-            source=source(name),
-            holder=holder,
-            ttl_s=ttl_s,
-            wait_s=wait_s,
-            deployment=deployment,
-        )
-        self.post(AcquireAsked(message, caller))
-        return self.last(caller)
-
-    def last(self, caller: str) -> Any:
-        return self.answers.get(caller, [None])[-1]
-
-    def take(self, kind: type[Any]) -> Any:
-        """The oldest piece of work that is wanted; it must be of this kind."""
-        action = self.work.pop(0)
-        assert isinstance(action, kind), action
-        return action
-
-    def finish_read(self, seconds: float = 0.1) -> None:
-        self.post(ReadDone(self.take(ReadImage).stored.id, seconds))
+from tests.unit.store.desk import CHUNK, Desk, source, stored
 
 
 def test_hit_in_dram_is_leased_at_once() -> None:
@@ -240,7 +138,7 @@ def test_a_poll_is_answered_with_progress_and_repeated() -> None:
     desk = Desk(stored("m", 4))
     desk.acquire("m", wait_s=1.0)
     desk.after(0.2)
-    desk.post(ReadProgressed("m", 2 * CHUNK))
+    desk.post(ReadProgressed(desk.reading(), 2 * CHUNK))
     desk.after(0.8)
     progress = desk.last("a")
     assert progress == Progress(phase="reading", done_bytes=2 * CHUNK, total_bytes=4 * CHUNK, eta_s=pytest.approx(1.0))
@@ -254,12 +152,12 @@ def test_no_estimate_before_two_chunks_and_fifty_milliseconds() -> None:
     desk.acquire("m", deployment="d")
     for at, done in ((0.01, 3 * CHUNK), (0.5, CHUNK)):
         desk.now += at
-        desk.post(ReadProgressed("m", done))
+        desk.post(ReadProgressed(desk.reading(), done))
     assert [one.progress.eta_s for one in desk.published][:1] == [None]
     fresh = Desk(stored("m", 4))
     fresh.acquire("m", wait_s=0.5)
     fresh.now += 0.4
-    fresh.post(ReadProgressed("m", CHUNK))
+    fresh.post(ReadProgressed(fresh.reading(), CHUNK))
     fresh.after(0.2)
     assert fresh.last("a").eta_s is None
 
@@ -269,7 +167,7 @@ def test_progress_hints_are_at_least_100_ms_apart() -> None:
     desk.acquire("m", deployment="slug-1")
     for number in range(1, 8):
         desk.now += 0.04
-        desk.post(ReadProgressed("m", number * CHUNK))
+        desk.post(ReadProgressed(desk.reading(), number * CHUNK))
     assert [one.deployment for one in desk.published] == ["slug-1"] * 3
 
 
@@ -334,8 +232,12 @@ def test_model_larger_than_the_pool_names_both_numbers() -> None:
     assert failure.code is Code.TOO_LARGE
     assert str(9 * CHUNK) in failure.message
     assert str(8 * CHUNK) in failure.message
+    # It may stream all the same: importing it makes sense, if the SSD tier holds it.
     desk.post(InspectAsked(Inspect(source=source("n")), "i"))
     desk.post(SourceInspected(desk.take(InspectSource).reply, "LlamaForCausalLM", 1, 9 * CHUNK, 10))
+    assert isinstance(desk.last("i"), Inspected)
+    desk.post(InspectAsked(Inspect(source=source("n")), "i"))
+    desk.post(SourceInspected(desk.take(InspectSource).reply, "LlamaForCausalLM", 1, CHUNK, 1_000_001))
     assert desk.last("i").code is Code.TOO_LARGE
 
 
@@ -468,22 +370,44 @@ def test_evict() -> None:
 def test_corrupt_bytes_are_never_claimed_and_the_next_caller_causes_a_fresh_import() -> None:
     desk = Desk(stored("m"))
     desk.acquire("m")
-    desk.take(ReadImage)
-    desk.post(ReadFailed("m", Failure(code=Code.CHECKPOINT_CORRUPT, message="chunk 0 differs")))
+    read = desk.take(ReadImage)
+    desk.post(ReadFailed(read.job, Failure(code=Code.CHECKPOINT_CORRUPT, message="chunk 0 differs")))
     assert desk.last("a").code is Code.CHECKPOINT_CORRUPT
     assert desk.core.dram_used_bytes == 0
-    assert desk.take(RemoveCheckpoint).checkpoint_id == "m"
-    desk.acquire("m")
-    assert not desk.work, "no import while the directory is being removed"
+    aside = desk.take(QuarantineCheckpoint)
+    assert (aside.checkpoint_id, aside.reason) == ("m", "chunk 0 differs")
+    record = desk.record()
+    assert (record.dram, record.ssd, record.quarantined) == ({}, {}, {"m": "chunk 0 differs"})
+    assert record.ssd_used_bytes == stored("m").stored_bytes
+    desk.acquire("m", wait_s=9)
+    assert not desk.work, "no import while the directory is being moved"
+    desk.post(CheckpointQuarantined("m", "/store/quarantine/m"))
+    desk.post(ImportPlanned(desk.take(PlanImport).source, "r1", CHUNK, CHUNK + 100))
+    run = desk.take(RunImport)
+    desk.post(ImportDone(run.source, stored("m"), remote_bytes=CHUNK, seconds=1.0, in_dram=True))
+    assert isinstance(desk.last("a"), Lease)
+    removal = desk.take(RemoveCheckpoint)
+    assert removal.directory == "/store/quarantine/m"
+    assert desk.record().quarantined == {}
     desk.post(CheckpointRemoved("m"))
-    desk.take(PlanImport)
+    assert desk.core.ssd_used_bytes == stored("m").stored_bytes
+
+
+def test_whoever_asks_for_what_is_in_quarantine_hears_why_if_it_cannot_be_imported_again() -> None:
+    desk = Desk(stored("m", quarantined="chunk 3 differs"))
+    desk.acquire("m", wait_s=9)
+    failure = Failure(code=Code.CHECKPOINT_UNAVAILABLE, message="the source is gone")
+    desk.post(ImportFailed(desk.take(PlanImport).source, failure))
+    assert desk.last("a").code is Code.CHECKPOINT_CORRUPT
+    assert "chunk 3 differs" in desk.last("a").message
+    assert "the source is gone" in desk.last("a").message
 
 
 def test_an_unreadable_disk_fails_the_load_and_keeps_the_checkpoint() -> None:
     desk = Desk(stored("m"))
     desk.acquire("m")
-    desk.take(ReadImage)
-    desk.post(ReadFailed("m", Failure(code=Code.CHECKPOINT_UNAVAILABLE, message="input/output error")))
+    read = desk.take(ReadImage)
+    desk.post(ReadFailed(read.job, Failure(code=Code.CHECKPOINT_UNAVAILABLE, message="input/output error")))
     assert desk.last("a").code is Code.CHECKPOINT_UNAVAILABLE
     desk.acquire("m")
     desk.finish_read()
@@ -544,86 +468,12 @@ def test_trim_keeps_the_most_recently_used() -> None:
     assert [one.id for one in go] == ["oldest"]
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_invariants_hold_whatever_happens(seed: int) -> None:
-    """Random calls, results, failures and pauses; afterwards everything lapses and nothing is left over."""
-    choose = random.Random(seed)
-    names = [f"m{number}" for number in range(5)]
-    sizes = {name: choose.randint(1, 5) for name in names}
-    known = [stored(name, sizes[name]) for name in names[:2]]
-    desk = Desk(*known, dram_chunks=8, ssd_bytes=choose.choice([12, 20, 40]) * CHUNK)
-    for number in range(300):
-        name, caller, holder = choose.choice(names), f"c{number}", f"w{choose.randint(0, 3)}"
-        match choose.randint(0, 11):
-            case 0 | 1 | 2:
-                id = choose.choice([name, "", "other"])
-                desk.acquire(
-                    name,
-                    caller,
-                    holder=holder,
-                    id=id,
-                    wait_s=choose.choice([0, 0.5, 3]),
-                    ttl_s=choose.choice([0.5, 5, 60]),
-                )
-            case 3:
-                desk.post(ImportAsked(Import(source=source(name), wait_s=choose.choice([0, 1])), caller))
-            case 4:
-                desk.post(EvictAsked(Evict(checkpoint_id=name, tier=choose.choice(["ssd", "dram"])), caller))
-            case 5:
-                leases = [m for said in desk.answers.values() for m in said if isinstance(m, Lease)]
-                if leases:
-                    desk.post(ReleaseAsked(Release(holder=holder, lease_id=choose.choice(leases).lease_id)))
-            case 6:
-                desk.after(choose.choice([0.01, 0.3, 2, 7]))
-            case _:
-                if desk.work:
-                    _carry_out(desk, desk.work.pop(choose.randrange(len(desk.work))), sizes, choose)
-    for _ in range(200):
-        desk.after(1)
-        while desk.work:
-            _carry_out(desk, desk.work.pop(0), sizes, choose)
-    desk.after(100)
-    record = desk.core.record(Phase.READY, host="h", pid=1)
-    assert (record.loads, record.leased_bytes, desk.core.lease_count) == (0, 0, 0)
-    assert desk.core.deadline() is None
-    unanswered = [caller for caller in desk.answers if len(desk.answers[caller]) != 1]
-    assert not unanswered, "a call was answered twice"
-    assert desk.core.ssd_used_bytes == sum(stored(id, sizes[id]).stored_bytes for id in record.ssd)
-
-
-def _carry_out(desk: Desk, action: Action, sizes: dict[str, int], choose: random.Random) -> None:
-    broken = Failure(code=choose.choice([Code.CHECKPOINT_CORRUPT, Code.CHECKPOINT_UNAVAILABLE]), message="broken")
-    match action:
-        case PlanImport(src):
-            name = src.url.rsplit("/", 1)[1]
-            if choose.random() < 0.1:
-                desk.post(ImportFailed(src, broken))
-            else:
-                desk.post(
-                    ImportPlanned(src, choose.choice(["r1", "r2"]), sizes[name] * CHUNK, sizes[name] * CHUNK + 100)
-                )
-        case RunImport(src, _):
-            name = src.url.rsplit("/", 1)[1]
-            if choose.random() < 0.1:
-                desk.post(ImportFailed(src, broken))
-            else:
-                existing = choose.random() < 0.5
-                desk.post(ImportDone(src, stored(name, sizes[name]), remote_bytes=1, seconds=1.0, existing=existing))
-        case ReadImage(one, extents):
-            assert sum(extent.length for extent in extents) >= one.image_bytes
-            if choose.random() < 0.1:
-                desk.post(ReadFailed(one.id, broken))
-            else:
-                desk.post(ReadDone(one.id, 0.1))
-        case RemoveCheckpoint(id, _):
-            desk.post(CheckpointRemoved(id))
-
-
 def test_what_is_removed_leaves_no_memory_of_its_sources() -> None:
     desk = Desk(*(stored(f"m{number}") for number in range(5)))
     for number in range(5):
         desk.post(EvictAsked(Evict(checkpoint_id=f"m{number}", tier="ssd"), f"e{number}"))
-    assert (desk.core._by_source, desk.core._imported) == ({}, {})
+    ssd = desk.core._tiers.ssd
+    assert (ssd._by_source, ssd._by_revision, ssd._names) == ({}, {}, {})
 
 
 def test_no_lease_expires_while_nobody_can_renew_it() -> None:

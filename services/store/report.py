@@ -1,0 +1,141 @@
+"""What others see of the store: the server's record and the list of what it holds. Pure; changes nothing."""
+
+from __future__ import annotations
+
+from services.store.events import PRIORITY_USER, StoredCheckpoint
+from services.store.eviction import keep_value
+from services.store.holdings import OnSsd
+from services.store.imports import RUNNING, Imports
+from services.store.loads import Loads
+from services.store.room import Room, Shelf
+from services.store.tiers import Tiers
+from shared.contracts.records import Phase, ServerRecord
+from shared.contracts.residency import CheckpointList, HeldCheckpoint
+
+
+class Report:
+    """Reads the tiers and the queues."""
+
+    def __init__(self, tiers: Tiers, room: Room, loads: Loads, imports: Imports, peer_url: str) -> None:
+        self._tiers = tiers
+        self._room = room
+        self._loads = loads
+        self._imports = imports
+        self._peer_url = peer_url
+
+    def record(self, phase: Phase, *, host: str, pid: int) -> ServerRecord:
+        """The server's record. The load queue is what a user's load would stand behind."""
+        tiers = self._tiers
+        dram, ssd, speeds = tiers.dram, tiers.ssd, tiers.speeds
+        queue_bytes, drain_s = self._queue()
+        return ServerRecord(
+            server_id=tiers.server_id,
+            phase=phase,
+            host=host,
+            pid=pid,
+            dram_capacity_bytes=tiers.pool_bytes,
+            dram_used_bytes=dram.used_bytes,
+            leased_bytes=self.leased_bytes,
+            ssd_capacity_bytes=ssd.capacity_bytes,
+            ssd_used_bytes=ssd.used_bytes,
+            dram={id: copy.stored.image_bytes for id, copy in dram.copies.items() if copy.ready},
+            ssd={id: on.stored.image_bytes for id, on in ssd.whole.items() if not on.condemned},
+            loads=len(self._imports.jobs) + len(self._loads.queued()) + len(self._loads.running()),
+            ssd_bytes_per_s=speeds.ssd,
+            remote_bytes_per_s=speeds.remote,
+            peer_bytes_per_s=speeds.peer,
+            chunk_bytes=tiers.chunk_bytes,
+            dram_arriving={id: self._arrived(id) for id, copy in dram.copies.items() if not copy.ready},
+            ssd_arriving=self._ssd_arriving(),
+            load_queue_bytes=queue_bytes,
+            load_drain_s=drain_s,
+            pinned=dict(tiers.pins),
+            quarantined={id: on.stored.quarantined for id, on in ssd.quarantined.items() if id not in ssd.whole},
+            segment=tiers.segment,
+            peer_url=self._peer_url,
+        )
+
+    @property
+    def leased_bytes(self) -> int:
+        """Bytes of the pool that cannot be evicted now: leased, or pinned there."""
+        dram, pins = self._tiers.dram, self._tiers.pins
+        leased = sum(
+            copy.allocated_bytes
+            for id, copy in dram.copies.items()
+            if copy.leases or (copy.ready and pins.get(id) == "dram")
+        )
+        windows = sum(stream.window_chunks for stream in dram.streams.values()) * self._tiers.chunk_bytes
+        return leased + windows + sum(copy.allocated_bytes for copy in dram.doomed.values())
+
+    def listing(self) -> CheckpointList:
+        """Everything that is held, the one that would be evicted last first."""
+        ssd, found = self._tiers.ssd, []
+        shelves: tuple[tuple[Shelf, dict[str, OnSsd]], ...] = (
+            ("whole", ssd.whole),
+            ("partial", ssd.partial),
+            ("quarantined", ssd.quarantined),
+        )
+        for shelf, held in shelves:
+            for id, on in held.items():
+                if shelf == "whole" or id not in ssd.whole:
+                    candidate = self._room.ssd_candidate(id, on, shelf)
+                    stays = id in self._tiers.pins or self._tiers.leases.of_checkpoint(id) > 0
+                    found.append((stays, keep_value(candidate), candidate.recency, self._held(id, on.stored)))
+        for job in self._imports.jobs.values():
+            if job.partial is not None and job.partial.id not in ssd.whole:
+                found.append((True, 0.0, 0, self._held(job.partial.id, job.partial, arrived_bytes=job.done_bytes)))
+            elif job.copy is not None:
+                found.append((True, 0.0, 0, self._held(job.copy.id, job.copy.stored, arrived_bytes=job.done_bytes)))
+        found.sort(key=lambda item: item[:3], reverse=True)
+        return CheckpointList(checkpoints=tuple(one for *_, one in found))
+
+    def _held(self, id: str, stored: StoredCheckpoint, *, arrived_bytes: int | None = None) -> HeldCheckpoint:
+        tiers, now = self._tiers, self._tiers.out.now
+        copy = tiers.dram.copies.get(id)
+        used_at = tiers.uses.last(id)
+        arrived = stored.arrived_bytes if arrived_bytes is None else arrived_bytes
+        return HeldCheckpoint(
+            checkpoint=stored.checkpoint,
+            image_bytes=stored.image_bytes,
+            dram_bytes=0 if copy is None else stored.image_bytes if copy.ready else self._arrived(id),
+            ssd_bytes=0 if stored.quarantined else stored.image_bytes if arrived is None else arrived,
+            pinned=tiers.pins.get(id, ""),
+            leases=tiers.leases.of_checkpoint(id),
+            uses_per_hour=tiers.uses.rate(id, now) * 3600.0,
+            idle_s=None if used_at is None else now - used_at,
+            bring_back_s=None
+            if tiers.speeds.ssd is None or stored.quarantined
+            else tiers.speeds.read_s(stored.image_bytes),
+            source=stored.source,
+            revision=stored.revision,
+            quarantined=stored.quarantined,
+        )
+
+    def _arrived(self, id: str) -> int:
+        work = self._tiers.dram.copies[id].work
+        return 0 if work is None else min(work.done_bytes, work.total_bytes)
+
+    def _ssd_arriving(self) -> dict[str, int]:
+        arriving = {id: on.stored.arrived_bytes or 0 for id, on in self._tiers.ssd.partial.items()}
+        for job in self._imports.jobs.values():
+            if job.state == RUNNING and job.checkpoint_id and job.checkpoint_id not in self._tiers.ssd.whole:
+                arriving[job.checkpoint_id] = job.done_bytes
+        return arriving
+
+    def _queue(self) -> tuple[int, float | None]:
+        """Bytes that users' loads and imports have yet to move, and the seconds that this takes (None: unknown)."""
+        speeds, ahead, seconds = self._tiers.speeds, 0, 0.0
+        known = True
+        for load in (*self._loads.queued(), *self._loads.running()):
+            if load.priority == PRIORITY_USER:
+                left = max(0, load.total_bytes - load.done_bytes)
+                ahead += left
+                known &= speeds.ssd is not None or not left
+                seconds += speeds.read_s(left)
+        for job in self._imports.jobs.values():
+            if job.priority == PRIORITY_USER:
+                left = max(0, job.total_bytes - job.done_bytes)
+                ahead += left
+                known &= speeds.imported is not None and job.total_bytes > 0
+                seconds += speeds.import_s(left)
+        return ahead, seconds if known else None
