@@ -51,7 +51,8 @@ def first_token(url: str, body: dict[str, Any]) -> tuple[float, dict[str, Any]]:
     request = urllib.request.Request(
         url, json.dumps(body | {"stream": True}).encode(), {"Content-Type": "application/json"}
     )
-    start, first, ledger = time.perf_counter(), 0.0, {}
+    start, first = time.perf_counter(), 0.0
+    ledger: dict[str, Any] = {}
     with urllib.request.urlopen(request, timeout=600) as answer:
         for line in answer:
             if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):

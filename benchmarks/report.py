@@ -62,16 +62,36 @@ def publish(
     name: str, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], figures: dict[str, Any]
 ) -> None:
     """Print the table and write `results/NAME.json` with all figures and the machine."""
+    show(title, columns, rows)
+    write(name, figures)
+
+
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table."""
     table = Table(title=title, title_justify="left")
     for column in columns:
         table.add_column(column, justify="left" if column == columns[0] else "right")
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def write(name: str, figures: dict[str, Any]) -> Path:
+    """Write `results/NAME.json` with all figures and the machine; its path."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"benchmark": name, "machine": machine(), "figures": figures}, indent=1) + "\n")
     print(f"written: {path}")
+    return path
+
+
+def range_of(values: Sequence[float], unit: str = "s", digits: int = 3) -> str:
+    """Median and, in brackets, least and most."""
+    return (
+        f"{statistics.median(values):.{digits}f} {unit} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+        if values
+        else "–"
+    )
 
 
 def ms(seconds: float) -> str:
