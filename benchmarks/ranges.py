@@ -40,7 +40,7 @@ TREE: Final = "Hearth's tree, into place"
 
 
 def measure(server: S3Server, size: int, connections: int, runs: int) -> dict[str, dict[str, list[float]]]:
-    """Bytes per second and CPU seconds per GB of this process, by way, one value per run; the first run is discarded."""
+    """Bytes per second and CPU seconds per GB (of this process) by way, one of each per run but the first."""
     options = decode_remote_config(json.dumps({URL: server.options}).encode()).options(URL)
     tree = ObjectTree(URL, options, connections=connections)
     store = S3Store("models", prefix="one", **server.options)
@@ -131,7 +131,7 @@ def main() -> None:
                 "" if way == TREE else f"{ratio:.2f}",
             ]
         )
-    title = f"{size / 2**30:.2g} GiB in chunks of 16 MiB over {options.connections} connections, {options.runs} runs in turn"
+    title = f"{size / 2**30:.2g} GiB, chunks of 16 MiB, {options.connections} connections, {options.runs} runs in turn"
     show(title, ["way", "GB/s, median", "least – most", "CPU s per GB", "tree / this way"], rows)
     write("ranges", {"bytes": size, "connections": options.connections, "ways": found, "ratios": ratios})
 
