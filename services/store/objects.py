@@ -61,7 +61,12 @@ def open_store(url: str, options: ObjectOptions, *, connections: int, uploading:
     except (exceptions.BaseError, ValueError, TypeError) as error:
         # The library's text names the option, and for some the value too, which may be a secret.
         key = re.search(r"(?:Configuration key: '|Invalid key: )(\w{1,64})", str(error))
-        reason = f"there is no option {key[1]!r}" if key else f"an option has a wrong value ({type(error).__name__})"
+        if key is not None:
+            reason = f"there is no option {key[1]!r}"
+        elif "Account must be specified" in str(error):
+            reason = "the option account_name is missing"
+        else:
+            reason = "an option here, or a variable of the environment in its place, has a value that cannot be"
         raise HearthError(Code.INVALID_REQUEST, f"{CONFIG_VARIABLE} for {redact(url)}: {reason}.") from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from shared.errors import Code, HearthError
 VARIABLE: Final = "HEARTH_REMOTE_CONFIG"
 LIMIT_BYTES: Final = 2**20
 CLIENT: Final = "client_options"
+_ENDPOINT: Final = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?(/[A-Za-z0-9._~/-]*)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,10 @@ def decode_remote_config(data: bytes) -> RemoteConfig:
         client = options.pop(CLIENT, {})
         if not isinstance(client, dict) or any(isinstance(value, dict) for value in options.values()):
             raise _fault(f"the options of {start[:200]!r} are not values by name, with {CLIENT} as the one table")
+        for name, value in options.items():
+            # The library does not survive an endpoint that is no url.
+            if ("endpoint" in name or name.endswith("url")) and not _ENDPOINT.fullmatch(str(value)):
+                raise _fault(f"the option {name[:64]!r} of {start[:200]!r} is not of the form https://HOST:PORT/PATH")
         by_start[_start(start)] = ObjectOptions(store=MappingProxyType(options), client=MappingProxyType(client))
     return RemoteConfig(MappingProxyType(by_start))
 

@@ -355,7 +355,8 @@ def test_options_belong_to_the_longest_beginning_of_a_url() -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "[]", '{"s3://b": "s3cr3t"}', '{"s3://b": {"a": ["s3cr3t"]}}', '{"s3://b": {"a": {"b": "s3cr3t"}}}',
-     '{"s3://b": {"client_options": "s3cr3t"}}', '{"/models": {}}', '{"s3://u:s3cr3t@b": {}}', '{"hf:a": {}}', "{"],
+     '{"s3://b": {"client_options": "s3cr3t"}}', '{"/models": {}}', '{"s3://u:s3cr3t@b": {}}',
+     '{"s3://b": {"endpoint": "s3cr3t"}}', '{"hf:a": {}}', "{"],
 )  # fmt: skip
 def test_a_malformed_file_of_options_is_refused_without_being_quoted(text: str, tmp_path: Path) -> None:
     (tmp_path / "remote.json").write_text(text)
