@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from shared.contracts.manifest import (
     encode_manifest,
     padded_bytes,
 )
-from shared.contracts.residency import Checkpoint, Extent, Lease
+from shared.contracts.residency import FAILED_TURN, Arrival, Checkpoint, Extent, Lease, arrival_word
 
 _NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -75,10 +76,7 @@ def make_lease(directory: Path, segment: Path, *, pieces: Sequence[int] | None =
     extents are needed. Without, it is one extent that begins on the second page.
     """
     manifest = decode_manifest((directory / MANIFEST_NAME).read_bytes())
-    image = b""
-    for file in manifest.files:
-        data = (directory / file.name).read_bytes()
-        image += data + bytes(padded_bytes(len(data)) - len(data))
+    image = image_of(directory, manifest)
     order = list(pieces or (0,))
     length = padded_bytes(-(-len(image) // len(order)))
     parts = [image[number * length : (number + 1) * length] for number in range(len(order))]
@@ -97,3 +95,83 @@ def make_lease(directory: Path, segment: Path, *, pieces: Sequence[int] | None =
         directory=str(directory),
         tier="dram",
     )
+
+
+class HandMadePool:
+    """A store's segment, filled by hand: `chunk_count` chunks, then the board."""
+
+    def __init__(self, path: Path, *, chunk_bytes: int, chunk_count: int) -> None:
+        self.path = path
+        self.chunk_bytes = chunk_bytes
+        self.board_offset = chunk_bytes * chunk_count
+        self.size_bytes = self.board_offset + padded_bytes(8 * chunk_count)
+        path.unlink(missing_ok=True)
+        with path.open("w+b") as file:
+            file.truncate(self.size_bytes)
+            self.memory = mmap.mmap(file.fileno(), self.size_bytes)
+        self._words = memoryview(self.memory)[self.board_offset :].cast("Q")
+        self._images: dict[int, tuple[bytes, Sequence[int], int]] = {}
+
+    def lease(self, directory: Path, places: Sequence[int], *, tag: int = 1, window: bool = False) -> Lease:
+        """An early lease of a directory with a manifest whose image comes into these chunks; nothing is there yet.
+
+        With `window` the chunks are fewer than the image has.
+        """
+        manifest = decode_manifest((directory / MANIFEST_NAME).read_bytes())
+        image = image_of(directory, manifest)
+        self._images[tag] = (image, places, len(places) if window else 0)
+        for place in places:
+            self._words[place] = 0
+        left = self.chunk_bytes * len(places) if window else len(image)
+        extents = []
+        for place in places:
+            extents.append(Extent(offset=place * self.chunk_bytes, length=min(self.chunk_bytes, left)))
+            left -= self.chunk_bytes
+        return Lease(
+            lease_id=f"lease-{tag}",
+            checkpoint=manifest.checkpoint,
+            segment=str(self.path),
+            segment_bytes=self.size_bytes,
+            extents=tuple(extents),
+            directory=str(directory),
+            tier="ssd",
+            arrival=Arrival(
+                tag=tag,
+                chunk_bytes=self.chunk_bytes,
+                board_offset=self.board_offset,
+                image_bytes=len(image),
+                window_chunks=len(places) if window else 0,
+            ),
+        )
+
+    def chunks(self, tag: int = 1) -> int:
+        """Chunks of the image."""
+        return -(-len(self._images[tag][0]) // self.chunk_bytes)
+
+    def bring(self, number: int, tag: int = 1) -> None:
+        """Chunk `number` of the image arrives."""
+        image, places, window = self._images[tag]
+        place = places[number % (window or len(places))]
+        part = image[number * self.chunk_bytes : (number + 1) * self.chunk_bytes]
+        self._words[place] = 0
+        self.memory[place * self.chunk_bytes : place * self.chunk_bytes + len(part)] = part
+        self._words[place] = arrival_word(tag, number // (window or len(places)))
+
+    def fail(self, tag: int = 1) -> None:
+        """What has not arrived never will."""
+        for place in self._images[tag][1]:
+            self._words[place] = arrival_word(tag, FAILED_TURN)
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self._words.release()
+        self.memory.close()
+
+
+def image_of(directory: Path, manifest: Manifest) -> bytes:
+    """The image of the weight files of a directory."""
+    image = b""
+    for file in manifest.files:
+        data = (directory / file.name).read_bytes()
+        image += data + bytes(padded_bytes(len(data)) - len(data))
+    return image
