@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any, Final
 import obstore
 from obstore import exceptions
 
-from services.store.local import INDEX, SINGLE, SMALL_FILES
 from services.store.model_config import weight_map_of
 from services.store.objects import changed, is_passing, object_errors, open_store, translated
 from services.store.remote_config import ObjectOptions
+from services.store.source_model import INDEX, SINGLE, SMALL_FILES
 from services.store.sources import redact, split_object
 from shared.backoff import delay_s
 from shared.contracts.manifest import MANIFEST_NAME, decode_manifest
