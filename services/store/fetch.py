@@ -20,6 +20,7 @@ from services.store.image_files import ImageWriter, StoredImage
 from services.store.manifest import (
     MANIFEST_LIMIT_BYTES,
     FilePiece,
+    chunk_pieces,
     decode_stored,
     plan_reads,
     validate,
@@ -151,6 +152,29 @@ class Fetcher:
                 raise FetchInterrupted(error.failure, self._keep(arriving)) from error
             finally:
                 self._tier.end(arriving)
+
+    def take(self, manifest: Manifest, index: int, into: memoryview, peers: Sequence[Peer]) -> bool:
+        """Fill `into` with one chunk from whichever peer has it sound; whether one had."""
+        for peer in sorted(peers, key=lambda peer: (not peer.whole, peer.server_id)) if self._token else ():
+            try:
+                tree = self._open(peer, manifest.checkpoint.checkpoint_id, manifest)
+            except HearthError:
+                continue  # no url that anybody could open
+            try:
+                for piece in chunk_pieces(manifest, index):
+                    if piece.data_bytes:
+                        name = manifest.files[piece.file].name
+                        tree.read(name, piece.offset, into[piece.at : piece.at + piece.data_bytes])
+                    _pad(into, piece)
+            except HearthError as error:
+                if error.failure.code in _ENDING:
+                    raise
+                continue  # another one may be awake
+            finally:
+                tree.close()
+            if checksum(into) == manifest.chunks[index]:
+                return True
+        return False
 
     def stop(self, key: str) -> None:
         """End a fetch at once where it waits, else when the chunks under way are through."""

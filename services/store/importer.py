@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, Protocol
+from typing import Final
 
 import msgspec
 
@@ -26,6 +26,7 @@ from services.store.convert import (
     refuse_remote_code,
 )
 from services.store.events import PRIORITY_OPERATOR, StoredCheckpoint
+from services.store.fetch import Fetcher
 from services.store.image_files import ImageWriter
 from services.store.manifest import (
     CASTS,
@@ -50,6 +51,7 @@ from shared.contracts.residency import Extent, Source
 from shared.errors import Code, HearthError
 
 _HUB: Final = "hf:"
+_PEER: Final = "peer:"  # stands for a checkpoint that peers have, or nobody
 # After these the next one who may have the checkpoint is asked.
 _ELSEWHERE: Final = (
     Code.CHECKPOINT_UNAVAILABLE, Code.CHECKPOINT_CORRUPT, Code.NOT_FOUND, Code.FORBIDDEN, Code.UNAUTHENTICATED,
@@ -79,7 +81,7 @@ class Outcome:
 
     `moved_bytes` are those of the image that were moved in this import, `remote_bytes` were read from the source,
     `peer_bytes` came from peers. `in_dram`: all of the image is in the extents, too. `existing`: the same checkpoint
-    was there already and has been kept.
+    was there already and has been kept. `waited_s` of `seconds` it stood behind others.
     """
 
     stored: StoredCheckpoint
@@ -89,32 +91,7 @@ class Outcome:
     peer_bytes: int = 0
     moved_bytes: int = 0
     in_dram: bool = False
-
-
-class CheckpointFetcher(Protocol):
-    """Brings checkpoints whose manifest is known, chunk by chunk, from peers and a source."""
-
-    def manifest(self, checkpoint_id: str, peers: Sequence[Peer]) -> bytes | None:
-        """The `hearth.json` of a checkpoint, from whichever peer gives it; None if none does."""
-
-    def run(
-        self,
-        manifest: Manifest,
-        manifest_bytes: bytes,
-        tree: SourceTree | None,
-        *,
-        peers: Callable[[], Sequence[Peer]],
-        key: str,
-        priority: int,
-        extents: Sequence[Extent],
-        tag: int,
-        opened: Callable[[StoredCheckpoint], None],
-        progressed: Progressed,
-    ) -> Outcome:
-        """Bring it into the tier. Raises `HearthError`."""
-
-    def chunk(self, manifest: Manifest, index: int, into: memoryview, peers: Sequence[Peer]) -> bool:
-        """Fill `into` with one chunk from a peer, verified; whether one had it."""
+    waited_s: float = 0.0
 
 
 class Importer:
@@ -132,7 +109,7 @@ class Importer:
         open_tree: Callable[[Source], SourceTree],
         disk: Mover,
         net: Mover,
-        fetcher: CheckpointFetcher | None = None,
+        fetcher: Fetcher | None = None,
         chunk_bytes: int,
         max_checkpoint_bytes: int = 0,
     ) -> None:
@@ -195,20 +172,13 @@ class Importer:
         )
 
     def _of_peers(self, checkpoint_id: str, peers: Sequence[Peer]) -> tuple[Manifest, bytes] | None:
-        """The manifest of a checkpoint from those that have it, checked; None if nobody gives a sound one."""
+        """The manifest of a checkpoint from those that have it, proved; None if nobody gives a sound one."""
         if self._fetcher is None or not checkpoint_id or not peers:
             return None
-        data = self._fetcher.manifest(checkpoint_id, peers)
-        if data is None:
-            return None
-        try:
-            manifest = _decode_foreign(data)
-        except HearthError:
-            return None  # there is the source yet
-        if manifest.checkpoint.checkpoint_id != checkpoint_id:
-            return None
-        self._check_limit(manifest.image_bytes())
-        return manifest, data
+        found = self._fetcher.find(checkpoint_id, peers)
+        if found is not None:
+            self._check_limit(found[0].image_bytes())
+        return found
 
     def _of_tree(self, tree: SourceTree, source: Source) -> tuple[Manifest, bytes]:
         """The manifest of a source in Hearth's form, proved by the heads of its files."""
@@ -252,13 +222,22 @@ class Importer:
         def fetch(manifest: Manifest, data: bytes, tree: SourceTree | None) -> Outcome:
             assert self._fetcher is not None, "a manifest without a fetcher"
             self._make_sure_of(self._missing_bytes(manifest, data))
-            return self._fetcher.run(
+            fetched = self._fetcher.run(
                 manifest, data, tree, peers=peers, key=key, priority=priority, extents=extents, tag=tag,
                 opened=opened, progressed=progressed,
             )  # fmt: skip
+            return Outcome(
+                stored=fetched.stored,
+                existing=fetched.existing,
+                remote_bytes=fetched.remote_bytes,
+                seconds=fetched.seconds,
+                peer_bytes=fetched.peer_bytes,
+                moved_bytes=fetched.moved_bytes,
+                in_dram=fetched.in_dram,
+            )
 
         with disk_errors(f"{redact(source.url)} cannot be imported"):
-            asked = peers()
+            asked = peers() if self._fetcher is not None else ()
             known = self._of_peers(checkpoint_id, asked)
             if known is not None and any(peer.whole for peer in asked):
                 try:
@@ -335,6 +314,7 @@ class Importer:
             seconds=time.perf_counter() - began,
             moved_bytes=report.moved_bytes,
             in_dram=bool(extents),
+            waited_s=report.waited_s,
         )
 
     def _check_unchanged(self, tree: SourceTree, source: Source) -> None:
@@ -359,7 +339,7 @@ class Importer:
     def origin_of(self, manifest: Manifest) -> ChunkOrigin | None:
         """The source of a stored checkpoint as an origin of its chunks; None if it is something else by now."""
         source = manifest.source
-        if source is None:
+        if source is None or source.url.startswith(_PEER):
             return None
         if source.url.startswith(_HUB):  # a commit stays, wherever the branch has gone
             source = msgspec.structs.replace(source, revision=manifest.revision)
@@ -380,6 +360,8 @@ class Importer:
     # -- sources and room --------------------------------------------------------------------------------------------
 
     def _open(self, source: Source) -> SourceTree:
+        if source.url.startswith(_PEER):
+            raise HearthError(Code.NOT_FOUND, f"No peer has checkpoint {source.url.removeprefix(_PEER)}.")
         tree = self._open_tree(source)
         with self._lock:
             if self._closed:
@@ -443,7 +425,7 @@ class _Repairer:
     def __init__(
         self,
         importer: Importer,
-        fetcher: CheckpointFetcher | None,
+        fetcher: Fetcher | None,
         manifest: Manifest,
         peers: Callable[[], Sequence[Peer]],
     ) -> None:
@@ -457,7 +439,7 @@ class _Repairer:
 
     def __call__(self, index: int, into: memoryview) -> bool:
         peers = self._peers() if self._fetcher is not None else ()
-        if self._fetcher is not None and peers and self._fetcher.chunk(self._manifest, index, into, peers):
+        if self._fetcher is not None and peers and self._fetcher.take(self._manifest, index, into, peers):
             return True
         origin = self._source()
         if origin is None:
@@ -473,15 +455,13 @@ class _Repairer:
             return self._origin
 
 
-def _decode_foreign(data: bytes, sizes: Mapping[str, int] | None = None) -> Manifest:
-    """A manifest that another store or a source gave. `sizes`: those of the files beside it, if they can be seen."""
+def _decode_foreign(data: bytes, sizes: Mapping[str, int]) -> Manifest:
+    """The manifest of a source. `sizes` are those of the files beside it."""
     manifest = decode_stored(data)
     try:
         refuse_duplicates(data)
     except FOREIGN_JSON_ERRORS as error:
         raise HearthError(Code.CHECKPOINT_CORRUPT, f"The manifest is malformed: {error}.") from error
-    if sizes is None:
-        sizes = {file.name: file.bytes for file in manifest.files} | dict.fromkeys(manifest.small_files, 0)
     validate(manifest, sizes)
     return manifest
 

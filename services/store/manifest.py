@@ -51,7 +51,7 @@ CASTS: Final = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 ALIGNMENT_BYTES: Final = 64  # of every tensor whose size allows it: a cache line, and enough for any vector load
 HEADER_LIMIT_BYTES: Final = 100_000_000  # the safetensors library's own limit
 MANIFEST_LIMIT_BYTES: Final = 256 * 2**20
-CHUNK_LIMIT_BYTES: Final = 2**30  # a chunk is held in memory
+CHUNK_LIMIT_BYTES: Final = 2**28  # every thread that moves chunks holds one in memory
 NUMBER_LIMIT: Final = 2**53  # of bytes, elements, parameters: what JSON carries exactly, and far more than any disk has
 _DIMENSIONS_LIMIT: Final = 64  # torch's
 
@@ -318,7 +318,7 @@ def validate(manifest: Manifest, sizes: Mapping[str, int]) -> None:
         raise HearthError(Code.UNSUPPORTED, f"The manifest has format version {manifest.format_version}.")
     _validate_facts(manifest)
     if not 0 < manifest.chunk_bytes <= CHUNK_LIMIT_BYTES or manifest.chunk_bytes % PAGE_BYTES:
-        raise fault(f"The manifest's chunk size {manifest.chunk_bytes} is no multiple of {PAGE_BYTES} up to 1 GiB.")
+        raise fault(f"The manifest's chunk size {manifest.chunk_bytes} is no multiple of {PAGE_BYTES} up to 256 MiB.")
     if not manifest.files:
         raise fault("The manifest names no weight files.")
     names: set[str] = {MANIFEST_NAME}
@@ -361,26 +361,33 @@ def _validate_facts(manifest: Manifest) -> None:
 
 
 def _validate_tensors(manifest: Manifest) -> None:
-    """Tensors lie in their files, in order, without overlaps, at multiples of their elements."""
+    """Tensors lie in their files as the safetensors format wants it: in order, after a header, without overlaps, holes
+    or anything behind them; and at multiples of their elements."""
 
     def fault(message: str) -> HearthError:
         return HearthError(Code.CHECKPOINT_CORRUPT, message)
 
-    file, at, weight_bytes = 0, 0, 0
+    file, at, weight_bytes = -1, 0, 0
     for name, tensor in manifest.tensors.items():
         sound = _TEXT.fullmatch(name) and tensor.dtype in DTYPES and 0 <= tensor.file < len(manifest.files)
         if not sound or tensor.bytes != exact_tensor_bytes(tensor.dtype, tensor.shape):
             raise fault(f"The manifest's entry of tensor {name!r} is malformed.")
         if not 0 <= tensor.offset <= manifest.files[tensor.file].bytes - tensor.bytes:
             raise fault(f"Tensor {name!r} lies outside of its file.")
-        if tensor.file > file:
-            file, at = tensor.file, 0
-        if tensor.file < file or tensor.offset < at:
-            raise fault(f"Tensor {name!r} overlaps another one, or the manifest has them in another order.")
+        if tensor.file != file:
+            if tensor.file != file + 1 or (file >= 0 and at != manifest.files[file].bytes):
+                raise fault(f"The tensors before {name!r} do not fill their files.")
+            if not 10 <= tensor.offset <= 8 + HEADER_LIMIT_BYTES:
+                raise fault(f"The first tensor {name!r} of a file begins at byte {tensor.offset}.")
+            file, at = tensor.file, tensor.offset
+        if tensor.offset != at:
+            raise fault(f"Tensor {name!r} begins at byte {tensor.offset} instead of {at}.")
         if tensor.offset % element_bytes(tensor.dtype):
             raise fault(f"Tensor {name!r} does not lie at a multiple of its elements.")
-        at = tensor.offset + tensor.bytes
+        at += tensor.bytes
         weight_bytes += tensor.bytes
+    if file != len(manifest.files) - 1 or at != manifest.files[file].bytes:
+        raise fault("The tensors do not fill their files.")
     if weight_bytes != manifest.checkpoint.weight_bytes:
         raise fault(f"The tensors have {weight_bytes} bytes and not {manifest.checkpoint.weight_bytes}.")
     for alias, name in manifest.tied.items():

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from services.store.importer import CheckpointFetcher, Importer
+from services.store.fetch import Fetcher
+from services.store.importer import Importer
 from services.store.local import LocalTree, absolute_directory
 from services.store.manifest import tensor_bytes
 from services.store.mover import Mover
@@ -105,16 +106,18 @@ def local_tree(source: Source) -> SourceTree:
 
 @contextmanager
 def an_importer(
-    tier: SsdTier, *, chunk_bytes: int = 8192, threads: int = 2, fetcher: CheckpointFetcher | None = None, **how: Any
+    tier: SsdTier, *, chunk_bytes: int = 8192, threads: int = 2, fetching: bool = True, **how: Any
 ) -> Iterator[Importer]:
     """An importer of directories, with movers of its own."""
     disk = Mover(None, threads=threads, name="disk")
     net = Mover(None, threads=threads, name="net")
-    arguments: dict[str, Any] = {"open_tree": local_tree, "fetcher": fetcher, **how}
+    fetcher = Fetcher(tier, net, own_id="here")
+    arguments: dict[str, Any] = {"open_tree": local_tree, "fetcher": fetcher if fetching else None, **how}
     importer = Importer(tier, disk=disk, net=net, chunk_bytes=chunk_bytes, **arguments)
     try:
         yield importer
     finally:
         importer.close()
+        fetcher.close()
         disk.close()
         net.close()

@@ -16,9 +16,11 @@ import pytest
 import xxhash
 
 from services.store.convert import ConversionOrigin, make_plan
+from services.store.fetch import Fetcher
 from services.store.importer import Importer, Outcome
 from services.store.local import LocalTree
-from services.store.manifest import DTYPES
+from services.store.manifest import DTYPES, decode_stored
+from services.store.mover import Mover
 from services.store.ports import Peer, SourceTree
 from services.store.source_model import open_model
 from services.store.tier import SsdTier
@@ -494,24 +496,13 @@ def test_fp8_and_integers_are_not_cast_and_open_in_safetensors(tier: SsdTier, tm
 # -- sources in Hearth's form
 
 
-class Copying:
-    """A fetcher that notes what it is asked to bring."""
+class OnePeer(Fetcher):
+    """A fetcher whose one peer gives a manifest and then is gone."""
 
-    def __init__(self) -> None:
-        self.asked: list[tuple[Manifest, SourceTree | None]] = []
-        self.known: bytes | None = None
+    known: tuple[Manifest, bytes]
 
-    def manifest(self, checkpoint_id: str, peers: Sequence[Peer]) -> bytes | None:
-        return self.known
-
-    def run(self, manifest: Manifest, data: bytes, tree: Any = None, **how: Any) -> Any:
-        self.asked.append((manifest, tree))
-        if tree is None:
-            raise HearthError(Code.CHECKPOINT_UNAVAILABLE, "The peers are gone.")
-        return manifest.checkpoint.checkpoint_id
-
-    def chunk(self, manifest: Manifest, index: int, into: memoryview, peers: Sequence[Peer]) -> bool:
-        return False
+    def find(self, checkpoint_id: str, peers: Sequence[Peer]) -> tuple[Manifest, bytes] | None:
+        return self.known if self.known[0].checkpoint.checkpoint_id == checkpoint_id else None
 
 
 @pytest.fixture
@@ -521,21 +512,30 @@ def hearth_form(tier: SsdTier, tmp_path: Path) -> Path:
     return Path(do_import(tier, tmp_path / "m").stored.directory).rename(tmp_path / "exported")
 
 
-def test_a_source_in_hearths_form_is_fetched_as_it_is(tier: SsdTier, hearth_form: Path) -> None:
-    fetcher, source = Copying(), Source(url=str(hearth_form))
-    with an_importer(tier, fetcher=fetcher) as importer:
-        look = importer.look(source)
-        assert importer.run(source, progressed=lambda done, total: None) == look.checkpoint_id
-    ((manifest, tree),) = fetcher.asked
-    assert manifest.checkpoint.checkpoint_id == look.checkpoint_id
-    assert (manifest.source, manifest.revision) == (source, look.revision)
-    assert tree is not None
-    assert (look.arrived_bytes, look.image_bytes) == (0, manifest.image_bytes())
+def test_a_source_in_hearths_form_is_fetched_as_it_is(tier: SsdTier, importer: Importer, hearth_form: Path) -> None:
+    source = Source(url=str(hearth_form))
+    look = importer.look(source)
+    opened: list[str] = []
+    outcome = importer.run(
+        source, opened=lambda stored: opened.append(stored.directory), progressed=lambda done, total: None
+    )
+    stored = outcome.stored
+    assert (look.checkpoint_id, look.arrived_bytes, look.image_bytes) == (stored.id, 0, stored.image_bytes)
+    assert opened == [stored.directory]
+    assert (stored.source, stored.revision) == (source, look.revision)
+    assert sorted(os.listdir(stored.directory)) == sorted(os.listdir(hearth_form))
+    for name in os.listdir(hearth_form):
+        if name != "hearth.json":
+            assert Path(stored.directory, name).read_bytes() == (hearth_form / name).read_bytes()
+    assert importer.look(source).arrived_bytes == stored.image_bytes
+    assert importer.run(source, progressed=lambda done, total: None).existing
+    # It is a model in Hugging Face's form as well.
+    with an_importer(tier, fetching=False) as converting:
+        assert converting.run(source, progressed=lambda done, total: None).stored.id == stored.id
 
 
 def test_a_source_in_hearths_form_is_not_cast(tier: SsdTier, hearth_form: Path) -> None:
-    fetcher = Copying()
-    with an_importer(tier, fetcher=fetcher) as importer:
+    with an_importer(tier) as importer:
         with pytest.raises(HearthError, match=r"of dtype float32, .* to cast it to bfloat16") as refused:
             importer.look(Source(url=str(hearth_form), dtype="bfloat16"))
         assert refused.value.failure.code is Code.UNSUPPORTED
@@ -566,23 +566,30 @@ def test_a_manifest_that_is_not_that_of_its_files_is_refused(tier: SsdTier, hear
             table["checkpoint"]["architecture"] = "OtherForCausalLM"
     text = json.dumps(table)
     path.write_text(text.replace('"chunk_bytes"', '"chunk_bytes": 4096, "chunk_bytes"', 1) if what == "twice" else text)
-    with an_importer(tier, fetcher=Copying()) as importer:
-        with pytest.raises(HearthError) as refused:
-            importer.look(Source(url=str(hearth_form)))
-        assert refused.value.failure.code is Code.CHECKPOINT_CORRUPT
+    with an_importer(tier) as importer:
+        for call in (importer.look, lambda source: do_import(tier, Path(source.url))):
+            with pytest.raises(HearthError) as refused:
+                call(Source(url=str(hearth_form)))
+            assert refused.value.failure.code is Code.CHECKPOINT_CORRUPT
+    assert is_empty(tier)
 
 
 def test_peers_are_asked_first_and_the_source_when_they_are_gone(tier: SsdTier, hearth_form: Path) -> None:
-    fetcher, peers = Copying(), [Peer("one", "http://one", whole=True)]
-    fetcher.known = (hearth_form / "hearth.json").read_bytes()
+    data = (hearth_form / "hearth.json").read_bytes()
+    net = Mover(None, threads=1, name="net")
+    fetcher, peers = OnePeer(tier, net, own_id="here"), [Peer("one", "http://one", whole=True)]
+    fetcher.known = (decode_stored(data), data)
+    id = fetcher.known[0].checkpoint.checkpoint_id
     with an_importer(tier, fetcher=fetcher) as importer:
-        source = Source(url=str(hearth_form))
-        id = importer.look(source).checkpoint_id
-        importer.run(source, checkpoint_id=id, peers=lambda: peers, progressed=lambda done, total: None)
-        assert [tree is None for _, tree in fetcher.asked] == [True, False]
         assert importer.look(Source(url="/nowhere"), id, peers).checkpoint_id == id
         with pytest.raises(HearthError, match="does not exist"):
             importer.look(Source(url="/nowhere"), "f" * 32, peers)
+        with pytest.raises(HearthError, match=f"No peer has checkpoint {'f' * 32}"):
+            importer.look(Source(url=f"peer:{'f' * 32}"), "f" * 32, peers)
+        source = Source(url=str(hearth_form))
+        outcome = importer.run(source, checkpoint_id=id, peers=lambda: peers, progressed=lambda done, total: None)
+        assert (outcome.stored.id, outcome.peer_bytes) == (id, 0)
+    net.close()
 
 
 # -- repair
@@ -601,7 +608,7 @@ def test_a_chunk_is_made_again_from_the_source_if_that_is_what_it_was(
     elif form == "gone":
         (tmp_path / "m").rename(tmp_path / "n")
     image = Path(stored.directory, "model.safetensors").read_bytes().ljust(manifest.image_bytes(), b"\0")
-    with an_importer(tier, fetcher=Copying()) as importer:
+    with an_importer(tier) as importer:
         repair = importer.repairer(stored, manifest, lambda: ())
         for index in range(len(manifest.chunks)):
             wanted = image[index * CHUNK : (index + 1) * CHUNK]

@@ -62,10 +62,15 @@ def manifest(*file_bytes: int, chunk_bytes: int = 2 * PAGE_BYTES, **changes: Any
         checkpoint=CHECKPOINT,
         chunk_bytes=chunk_bytes,
         files=files,
-        tensors={"a": TensorEntry(file=0, offset=PAGE_BYTES, bytes=8, dtype="F32", shape=(2,))},
+        tensors={
+            str(number): TensorEntry(file=number, offset=104, bytes=size - 104, dtype="I8", shape=(size - 104,))
+            for number, size in enumerate(file_bytes)
+        },
         chunks=(),
         config_digest=digest_of({}),
     )
+    facts = msgspec.structs.replace(CHECKPOINT, weight_bytes=sum(tensor.bytes for tensor in bare.tensors.values()))
+    bare = msgspec.structs.replace(bare, checkpoint=facts)
     chunks = tuple(f"{number:016x}" for number in range(-(-bare.image_bytes() // chunk_bytes)))
     return msgspec.structs.replace(bare, chunks=chunks, **changes)
 
@@ -201,7 +206,11 @@ def test_manifest_survives_its_json() -> None:
         (manifest(5000, small_files=SMALL, config_digest=digest_of(SMALL)), {"0.safetensors": 5000}, "is missing"),
         (msgspec.structs.replace(manifest(5000), chunks=()), {"0.safetensors": 5000}, "does not cover"),
         (manifest(5000, chunk_bytes=5000), {"0.safetensors": 5000}, "multiple"),
-        (manifest(4100), {"0.safetensors": 4100}, "outside"),
+        (
+            manifest(5000, tensors={"a": TensorEntry(file=0, offset=4999, bytes=8, dtype="F32", shape=(2,))}),
+            {"0.safetensors": 5000},
+            "outside",
+        ),
         (
             manifest(5000, tensors={"a": TensorEntry(file=1, offset=0, bytes=8, dtype="F32", shape=(2,))}),
             {"0.safetensors": 5000},
