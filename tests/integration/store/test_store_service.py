@@ -258,7 +258,7 @@ async def test_refusals_reach_the_caller_and_leave_nothing(
     make_source(tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    make_source(tmp_path / "big", {"model.embed_tokens.weight": ("F32", (64, 2000))})
+    make_source(tmp_path / "big", {"model.embed_tokens.weight": ("F32", (64, 6000))})
     cases = {
         str(tmp_path / "none"): Code.INVALID_CHECKPOINT,
         str(tmp_path / "cut"): Code.INVALID_CHECKPOINT,
