@@ -25,8 +25,8 @@ BANNED_MODULES: Final = frozenset({"utils", "util", "helpers", "helper", "common
 IMPORTERS: Final[dict[str, str]] = {
     "nats": r"shared/bus\.py",
     "redis": r"shared/registry\.py",
-    "aiohttp": r"services/(gateway|cli)/\w+\.py",
-    "aiohttp.web": r"services/gateway/\w+\.py",
+    "aiohttp": r"services/((gateway|cli)/\w+|store/peer_server)\.py",
+    "aiohttp.web": r"services/(gateway/\w+|store/peer_server)\.py",
     "structlog": r"shared/log\.py",
     "torch": r"services/(worker/(engine|sampling|loader|tensors|penalties|cache|attach)\w*|store/convert)\.py",
     "transformers": r"services/(worker/(engine|sampling|loader|tokenizer|attach)\w*|store/convert)\.py",

@@ -61,6 +61,11 @@ class Arriving:
         return self._arrived_bytes
 
     @property
+    def over(self) -> bool:
+        """Whether nothing more arrives: it is committed, or was interrupted."""
+        return self._journal < 0
+
+    @property
     def missing(self) -> list[int]:
         """The chunks that have not arrived, in order."""
         return [index for index, mark in enumerate(bytes(self._arrived)) if not mark]
