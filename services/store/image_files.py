@@ -48,7 +48,7 @@ def _cannot(verb: str, name: str, error: OSError) -> HearthError:
     return HearthError(Code.CHECKPOINT_UNAVAILABLE, f"{name} cannot be {verb}: {error.strerror}.")
 
 
-class _File:
+class OpenFile:
     """One open file with two descriptors: one that bypasses the page cache, and one for what cannot.
 
     `direct` turns False, for good, when the file system refuses O_DIRECT. Then nothing stays in the page cache
@@ -133,11 +133,11 @@ class _File:
             os.close(self._direct)
 
 
-def _open_all(directory: Path, files: Sequence[WeightFile], flags: int, verb: str) -> list[_File]:
-    opened: list[_File] = []
+def _open_all(directory: Path, files: Sequence[WeightFile], flags: int, verb: str) -> list[OpenFile]:
+    opened: list[OpenFile] = []
     for file in files:
         try:
-            opened.append(_File(directory / file.name, flags))
+            opened.append(OpenFile(directory / file.name, flags))
         except OSError as error:
             for other in opened:
                 other.close()
