@@ -258,3 +258,70 @@ def test_submission_is_what_the_stepper_gets() -> None:
     heard.ended("a", "b")
     assert [one.stop_token_ids for one in got] == [frozenset({7, 9}), frozenset({9})]
     engine.close()
+
+
+# -- the lease's end
+
+
+class HandClock:
+    """Monotonic seconds that stand still until they are set."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_no_step_begins_after_the_second_until_which_the_bytes_are_promised() -> None:
+    clock, stepper, heard = HandClock(), Gated(), Recorder()
+    engine = ThreadedEngine(stepper, heard, clock=clock)
+    engine.allow_until(115.0)
+    clock.now = 120.0  # the worker was paused
+    stepper.gate.release(10)
+    submit(engine, "a", 3)
+    submit(engine, "b", 1)
+    engine.cancel("b")
+    assert heard.end("b").reason is EndReason.CANCELLED
+    assert (heard.tokens, stepper.steps) == ({}, 0), "a token from bytes that may be another checkpoint's"
+    engine.allow_until(130.0)
+    assert heard.end("a").reason is EndReason.LENGTH
+    assert len(heard.tokens["a"]) == 3
+    engine.close()
+
+
+def test_what_a_step_brought_that_a_pause_fell_into_is_told_only_when_the_bytes_were_right() -> None:
+    clock, stepper, heard = HandClock(), Gated(), Recorder()
+    engine = ThreadedEngine(stepper, heard, clock=clock)
+    engine.allow_until(115.0)
+    submit(engine, "a", 2)
+    clock.now = 114.0
+    in_step = threading.Event()
+
+    class Pausing:
+        def acquire(self, timeout: float) -> None:
+            in_step.set()
+            clock.now = 116.0
+
+    stepper.gate = cast(Any, Pausing())
+    submit(engine, "b", 1)
+    assert in_step.wait(60)
+    engine.cancel("b")
+    assert heard.tokens == {}
+    assert heard.ends == {}
+    engine.allow_until(1000.0)
+    heard.ended("a", "b")
+    assert len(heard.tokens["a"]) == 2
+    engine.close()
+
+
+def test_an_engine_that_stands_still_can_be_closed_and_what_it_held_back_is_never_told() -> None:
+    clock, stepper, heard = HandClock(), Gated(), Recorder()
+    engine = ThreadedEngine(stepper, heard, clock=clock)
+    engine.allow_until(99.0)
+    submit(engine, "a", 3)
+    stepper.gate.release(3)
+    engine.close()
+    assert heard.end("a").reason is EndReason.CANCELLED
+    assert heard.tokens == {}
+    assert stepper.steps == 0

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import msgspec
+import pytest
+
 from services.worker import events as e
+from services.worker.ports import AttachTimes
 from shared.contracts.records import ReplicaState
-from shared.contracts.residency import Done, Progress, Renewed
+from shared.contracts.residency import Arrival, Done, Lease, Progress, Renewed
 from shared.errors import Code, Failure
 from tests.unit.worker.world import FakeLoaded, FakePuller, World, end, lease, load, only, request, some
 
@@ -362,3 +366,200 @@ def test_a_draining_worker_gives_back_what_does_not_finish_in_time() -> None:
     assert only(world.wait(2), e.Nak).token == "t1"
     world.leave()
     assert some(world.actions, e.Drained)
+
+
+# -- a lease whose bytes still arrive
+
+
+def arriving(window_chunks: int = 0, image_bytes: int = 50) -> Lease:
+    arrival = Arrival(tag=3, chunk_bytes=16, board_offset=64, image_bytes=image_bytes, window_chunks=window_chunks)
+    return msgspec.structs.replace(lease(lease_id="lease-r1"), arrival=arrival, read_s=0.5)
+
+
+def test_progress_of_arriving_bytes_is_told_with_an_estimate_and_the_ledger_has_what_was_waited() -> None:
+    world = World()
+    world.ask_load()
+    world.send(e.PullerOpened("r1", FakePuller()))
+    actions = world.send(e.LeaseAnswered("r1", arriving()))
+    assert only(actions, e.PublishProgress).message.progress == Progress(phase="reading", total_bytes=50)
+    told = []
+    for done in (10, 20, 50):
+        world.now += 2
+        told.append(only(world.send(e.AttachProgressed("r1", done, 50)), e.PublishProgress).message.progress)
+        assert world.core.record("r1", world.now).load == told[-1]
+    assert told == [
+        Progress(phase="reading", done_bytes=10, total_bytes=50),
+        Progress(phase="reading", done_bytes=20, total_bytes=50, eta_s=6.0),
+        Progress(phase="attaching"),
+    ]
+    world.now += 1
+    finished = only(world.send(e.Attached("r1", FakeLoaded(times=AttachTimes(waited_s=5.0)))), e.LoadFinished)
+    assert (finished.read_s, finished.attach_s) == (5.5, 2.0)
+
+
+def test_an_image_larger_than_the_pool_takes_memory_of_the_workers_own_and_the_lease_goes_back() -> None:
+    world = World()
+    world.ask_load(load(kv_bytes=10))
+    world.send(e.PullerOpened("r1", FakePuller()))
+    world.send(e.LeaseAnswered("r1", arriving(window_chunks=2)))
+    assert world.core.memory_used_bytes == 60
+    consumed = only(world.send(e.ChunksConsumed("r1", 2)), e.PublishConsumed).message
+    assert (consumed.holder, consumed.lease_id, consumed.chunks) == ("w1", "lease-r1", 2)
+    actions = world.send(e.Attached("r1", FakeLoaded(memory_bytes=60)))
+    assert only(actions, e.ReleaseLease).message.lease_id == "lease-r1"
+    assert not some(actions, e.AllowEngine), "its parameters are its own"
+    assert state(world) is ReplicaState.READY
+    assert not world.send(e.ChunksConsumed("r1", 4)), "the window is somebody else's"
+    assert not some(world.wait(60), e.RenewLeases)
+
+
+def test_an_image_that_fits_neither_the_pool_nor_the_worker_is_refused() -> None:
+    world = World()
+    world.ask_load(load(kv_bytes=10))
+    world.send(e.PullerOpened("r1", FakePuller()))
+    actions = world.send(e.LeaseAnswered("r1", arriving(window_chunks=2, image_bytes=91)))
+    assert not some(actions, e.Attach)
+    assert state(world) is ReplicaState.DRAINING
+    world.send(e.PullerClosed("r1"))
+    world.send(e.RecordRemoved("r1"))
+    assert only(world.actions, e.PublishFailed).message.failure.code is Code.OUT_OF_MEMORY
+
+
+@pytest.mark.parametrize("why", ["stop", "drain", "lost"])
+def test_a_load_that_nobody_needs_any_more_is_stopped_and_its_lease_goes_back_afterwards(why: str) -> None:
+    world = World()
+    world.ask_load()
+    world.send(e.PullerOpened("r1", FakePuller()))
+    world.send(e.LeaseAnswered("r1", arriving()))
+    if why == "stop":
+        world.ask_stop()
+    elif why == "drain":
+        world.send(e.DrainAsked())
+    else:
+        world.wait(5)
+        world.send(e.LeasesRenewed(Renewed(unknown=("lease-r1",))))
+    assert only(world.actions, e.StopAttach).replica_id == "r1"
+    assert not some(world.actions, e.ReleaseLease), "its bytes are being looked at"
+    assert not world.send(e.AttachProgressed("r1", 10, 50))
+    world.send(e.PullerClosed("r1"))
+    actions = world.send(e.AttachFailed("r1", Failure(code=Code.DRAINING, message="The load was stopped.")))
+    assert only(actions, e.ReleaseLease)
+    world.send(e.RecordRemoved("r1"))
+    told = [action.message.failure.code for action in some(world.actions, e.PublishFailed)]
+    assert told == ([Code.CHECKPOINT_UNAVAILABLE] if why == "lost" else [])
+
+
+# -- how long a lease is sure
+
+
+def test_an_engine_is_allowed_a_ttl_from_when_the_lease_and_each_renewal_were_asked_for() -> None:
+    world = World(lease_ttl_s=15)
+    world.ask_load()
+    world.send(e.PullerOpened("r1", FakePuller()))
+    asked = world.now
+    world.now += 3  # the answer took its time: a long poll
+    world.send(e.LeaseAnswered("r1", lease(lease_id="lease-r1")))
+    world.now += 1
+    assert only(world.send(e.Attached("r1", FakeLoaded())), e.AllowEngine).until == asked + 15
+    (renewal,) = some(world.wait(5), e.RenewLeases)
+    assert renewal.lease_ids == ("lease-r1",)
+    asked = world.core._renewal[0]
+    world.now += 1
+    assert only(world.send(e.LeasesRenewed(Renewed())), e.AllowEngine).until == asked + 15
+
+
+def renewals_fail(world: World, seconds: float, *, unserved: bool = False) -> list[e.Action]:
+    """Every renewal within this time gets no answer."""
+    until, wanted = world.now + seconds, list[e.Action]()
+    while world.now < until:
+        actions = world.wait(0.5)
+        for _ in some(actions, e.RenewLeases):
+            actions += world.send(e.LeasesRenewed(UNAVAILABLE, unserved=unserved))
+        wanted += actions
+    return wanted
+
+
+def test_a_store_that_is_silent_is_asked_every_second_and_may_come_back_within_twice_the_ttl() -> None:
+    world = World(lease_ttl_s=15)
+    world.ready()
+    world.running()
+    actions = renewals_fail(world, 29)
+    assert len(some(actions, e.RenewLeases)) >= 20
+    assert not some(actions, e.AllowEngine), "the engine stands still by itself"
+    assert state(world) is ReplicaState.READY
+    actions = world.send(e.LeasesRenewed(Renewed())) if world.core._renewing else []
+    while not some(actions, e.AllowEngine):
+        assert some(world.wait(1), e.RenewLeases)
+        actions = world.send(e.LeasesRenewed(Renewed()))
+    assert only(actions, e.AllowEngine).until > world.now + 10
+    assert state(world) is ReplicaState.READY
+
+
+def test_requests_leave_a_store_that_stays_silent() -> None:
+    world = World(lease_ttl_s=15)
+    world.ready()
+    world.running()
+    actions = renewals_fail(world, 33)
+    assert only(actions, e.Nak).token == "t1"
+    world.leave()
+    assert only(world.actions, e.PublishFailed).message.failure.code is Code.CHECKPOINT_UNAVAILABLE
+
+
+def test_a_store_that_is_not_there_cannot_drop_a_lease() -> None:
+    world = World(lease_ttl_s=15)
+    world.ready()
+    world.running()
+    actions = renewals_fail(world, 300, unserved=True)
+    assert not some(actions, e.Nak)
+    assert some(actions, e.AllowEngine)[-1].until > world.now + 10
+
+
+def test_bytes_that_still_arrive_need_a_store_within_the_ttl() -> None:
+    world = World(lease_ttl_s=15)
+    world.ask_load()
+    world.send(e.PullerOpened("r1", FakePuller()))
+    world.send(e.LeaseAnswered("r1", arriving()))
+    assert not some(renewals_fail(world, 14, unserved=True), e.StopAttach)
+    assert only(renewals_fail(world, 3, unserved=True), e.StopAttach)
+
+
+def test_a_worker_that_is_cut_off_waits_and_renews_as_soon_as_it_is_back() -> None:
+    world = World(lease_ttl_s=15)
+    world.ready()
+    world.running()
+    world.send(e.BusLost())
+    assert not some(renewals_fail(world, 120), e.Nak)
+    actions = world.send(e.BusBack())
+    assert some(actions, e.LookAtServer)
+    if not world.core._renewing:
+        assert some(world.wait(0), e.RenewLeases)
+    assert only(world.send(e.LeasesRenewed(Renewed())), e.AllowEngine).until > world.now + 10
+
+
+def test_a_worker_that_was_paused_asks_before_it_gives_anything_up() -> None:
+    world = World(lease_ttl_s=15)
+    world.ready()
+    world.running()
+    world.now += 100
+    actions = world.send(None)
+    assert some(actions, e.RenewLeases)
+    assert not some(actions, e.Nak)
+    assert only(world.send(e.LeasesRenewed(Renewed())), e.AllowEngine).until == world.now + 15
+    assert state(world) is ReplicaState.READY
+
+
+# -- the server's memory
+
+
+def test_the_segment_is_prepared_when_it_is_first_seen_and_when_it_changes() -> None:
+    world = World()
+    assert not world.send(e.ServerChanged("another"))
+    assert some(world.send(e.ServerChanged("s1")), e.LookAtServer)
+    assert not world.send(e.ServerChanged("s1")), "one look at a time"
+    actions = world.send(e.ServerSeen(""))
+    assert [type(action) for action in actions] == [e.LookAtServer], "what came meanwhile is looked at too"
+    assert only(world.send(e.ServerSeen("/dev/shm/one")), e.PrepareSegment).segment == "/dev/shm/one"
+    world.send(e.SegmentPrepared())
+    for segment, prepared in (("/dev/shm/one", False), ("", False), ("/dev/shm/two", True)):
+        assert some(world.send(e.ServerChanged("s1")), e.LookAtServer)
+        assert bool(some(world.send(e.ServerSeen(segment)), e.PrepareSegment)) is prepared
