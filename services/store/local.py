@@ -11,9 +11,8 @@ from pathlib import Path
 from stat import S_ISDIR
 from typing import Final
 
-from services.store.manifest import HeaderTensor, corrupt, is_file_name
-from services.store.model_config import ModelConfig
-from services.store.source_model import INDEX, SINGLE, SMALL_FILES, is_small_file, weight_files
+from services.store.manifest import corrupt, is_file_name
+from services.store.source_model import is_small_file
 from shared.contracts.manifest import MANIFEST_NAME
 from shared.errors import Code, HearthError
 
@@ -159,27 +158,3 @@ def _leaves(directory: Path, path: Path) -> bool:
     real, home = path.resolve(), directory.resolve()
     cache = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
     return real.parent not in (home, cache)
-
-
-@dataclass(frozen=True, slots=True)
-class LocalSource:
-    """A readable source. `tensors` maps each tensor to its file and its place there; `small` are the other files."""
-
-    directory: Path
-    config: ModelConfig
-    small: dict[str, bytes]
-    files: tuple[Path, ...]
-    tensors: dict[str, tuple[int, HeaderTensor]]
-    fingerprint: str
-
-
-__all__ = [
-    "INDEX",
-    "SINGLE",
-    "SMALL_FILES",
-    "LocalSource",
-    "LocalTree",
-    "absolute_directory",
-    "is_small_file",
-    "weight_files",
-]
