@@ -234,7 +234,7 @@ class Replica:
     def detached(self, now: float) -> list[Action]:
         """The model is out of memory."""
         self._landed("detach")
-        self.loaded = None
+        self.loaded, self.reserved_bytes = None, 0
         return self.advance(now)
 
     def puller_opened(self, puller: Puller, now: float) -> list[Action]:

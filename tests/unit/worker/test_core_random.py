@@ -17,7 +17,7 @@ from shared.contracts.generation import End, Frame
 from shared.contracts.placement import StopReplica
 from shared.contracts.records import ReplicaState
 from shared.contracts.requests import Claimed, Gone, Request, Sampling
-from shared.contracts.residency import Lease, Progress, Renewed
+from shared.contracts.residency import Arrival, Lease, Progress, Renewed
 from shared.errors import Code, Failure
 from tests.unit.worker.world import EOS, FakeLoaded, FakePuller, World, lease, load, request
 
@@ -48,6 +48,8 @@ class History:
         self.next_index: dict[tuple[str, int], int] = {}
         self.ended: set[tuple[str, int]] = set()
         self.drained = 0
+        self.away = False
+        self.stopped: set[str] = set()
         self.replicas = 0
         self.kept: list[FakePuller] = []  # so that ids stay unique
 
@@ -79,6 +81,11 @@ class History:
                     self.hear(item)
             case e.Drained():
                 self.drained += 1
+            case e.StopAttach():
+                assert action.replica_id not in self.stopped, "stopped twice"
+                self.stopped.add(action.replica_id)
+            case e.AllowEngine():
+                assert action.until > self.world.now - 60
             case _ if isinstance(action, e.LONG):
                 self.pending.append(action)
             case _:
@@ -162,6 +169,11 @@ class History:
         for action in self.world.wait(self.dice.choice([0.1, 1.0, 6.0])):
             self.carry_out(action)
 
+    def bus(self) -> None:
+        self.away = not self.away
+        self.send(e.BusLost() if self.away else e.BusBack())
+        self.send(e.ServerChanged(self.dice.choice(["s1", "s2"])))
+
     def answer(self) -> None:
         if self.pending:
             self.finish(self.pending.pop(self.dice.randrange(len(self.pending))))
@@ -177,7 +189,10 @@ class History:
                 elif luck < 0.4:
                     answer = self.dice.choice([FAILURE, REFUSAL])
                 else:
-                    answer = lease(lease_id=f"l{len(self.granted)}")
+                    arrival = Arrival(
+                        tag=1, chunk_bytes=4, board_offset=64, image_bytes=20, window_chunks=2 if luck < 0.5 else 0
+                    )
+                    answer = lease(lease_id=f"l{len(self.granted)}", arrival=arrival if luck < 0.7 else None)
                     self.granted.append(answer.lease_id)
                 self.send(e.LeaseAnswered(message.replica_id, answer))
             case e.OpenPuller(replica_id=replica_id):
@@ -192,7 +207,10 @@ class History:
                 self.wanted[replica_id] = 0
                 self.send(e.PullerClosed(replica_id))
             case e.Attach(message=message):
-                if luck < 0.1:
+                if luck < 0.5:
+                    self.send(e.AttachProgressed(message.replica_id, int(luck * 40), 20))
+                    self.send(e.ChunksConsumed(message.replica_id, int(luck * 10)))
+                if luck < 0.1 or message.replica_id in self.stopped:
                     self.send(e.AttachFailed(message.replica_id, REFUSAL))
                 else:
                     self.dead.discard(message.replica_id)
@@ -221,7 +239,13 @@ class History:
                     self.send(e.Tokenised(token, (104,) * self.dice.choice([1, 2, 99, 100])))
             case e.RenewLeases(lease_ids=lease_ids):
                 unknown = tuple(lease_id for lease_id in lease_ids if self.dice.random() < 0.05)
-                self.send(e.LeasesRenewed(FAILURE if luck < 0.2 else Renewed(unknown=unknown)))
+                unserved = self.dice.random() < 0.5
+                answered = FAILURE if luck < 0.2 or self.away else Renewed(unknown=unknown)
+                self.send(e.LeasesRenewed(answered, unserved=unserved))
+            case e.LookAtServer():
+                self.send(e.ServerSeen(self.dice.choice(["", "/dev/shm/a", "/dev/shm/b"])))
+            case e.PrepareSegment():
+                self.send(e.SegmentPrepared())
             case _:
                 raise AssertionError(f"nobody answers {action}")
 
@@ -237,10 +261,13 @@ def test_a_random_history_leaks_nothing(seed: int) -> None:
         (history.cancel, 4),
         (history.ask_load, 6),
         (history.ask_stop, 2),
+        (history.bus, 1),
     ]
     for _ in range(400):
         (happen,) = history.dice.choices([choice for choice, _ in choices], [weight for _, weight in choices])
         happen()
+    if history.away:
+        history.bus()
     history.send(e.DrainAsked())
     for _ in range(2000):
         if history.drained:
