@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
+
+import msgspec
 
 # A use counts half after this long. Requests for one model come in bursts of minutes and return by the hour or the
 # working day; an hour forgets yesterday's favourite before noon and still sees through a pause of ten minutes.
@@ -38,7 +39,8 @@ class Uses(Generic[K]):
     """
 
     def __init__(self, half_life_s: float = HALF_LIFE_S) -> None:
-        self._half_life_s = half_life_s
+        self._half_lives_per_s = 1.0 / half_life_s
+        self._uses_per_s = math.log(2) / half_life_s  # of a decayed count of 1
         self._counts: dict[K, tuple[float, float]] = {}  # key → (count at that time, time of its last use)
 
     def record(self, key: K, now: float) -> None:
@@ -47,7 +49,7 @@ class Uses(Generic[K]):
 
     def rate(self, key: K, now: float) -> float:
         """Uses per second; 0.0 for what was not used yet."""
-        return self._count(key, now) * math.log(2) / self._half_life_s
+        return self._count(key, now) * self._uses_per_s
 
     def last(self, key: K) -> float | None:
         """When it was used last, if ever."""
@@ -62,12 +64,10 @@ class Uses(Generic[K]):
         found = self._counts.get(key)
         if found is None:
             return 0.0
-        count, at = found
-        return count * math.exp2(-max(0.0, now - at) / self._half_life_s)
+        return found[0] * math.exp2((found[1] - now) * self._half_lives_per_s)
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate(Generic[K]):
+class Candidate(msgspec.Struct, Generic[K], frozen=True):
     """A copy that may go. `recency` grows with the order of use; `bring_back_s` is None when it cannot come back."""
 
     key: K

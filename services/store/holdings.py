@@ -220,6 +220,7 @@ class DramHoldings:
     doomed: dict[int, Copy] = field(default_factory=dict)  # by tag
     streams: dict[str, Stream] = field(default_factory=dict)
     incoming: dict[int, tuple[Extent, ...]] = field(default_factory=dict)
+    _claims: dict[str, CopyState] = field(default_factory=dict)
     _saved: tuple[CopyState, ...] | None = None
 
     @property
@@ -235,7 +236,6 @@ class DramHoldings:
     def put(self, copy: Copy) -> None:
         """A copy is arriving (or was there already, in an earlier life)."""
         self.copies[copy.id] = copy
-        self._saved = None
 
     def ready(self, copy: Copy, used: int) -> None:
         """All of it is there and verified. Chunks beyond its image are given back."""
@@ -245,6 +245,7 @@ class DramHoldings:
             copy.extents = trim_extents(copy.extents, keep)
             copy.allocated_bytes = keep
         copy.ready, copy.used, copy.work = True, used, None
+        self._claims[copy.id] = CopyState(checkpoint_id=copy.id, extents=copy.extents)
         self._saved = None
 
     def drop(self, copy: Copy) -> None:
@@ -253,7 +254,8 @@ class DramHoldings:
             del self.doomed[copy.tag]
         else:
             del self.copies[copy.id]
-            self._saved = None
+            if self._claims.pop(copy.id, None) is not None:
+                self._saved = None
         if copy.leases:
             copy.doomed = True
             self.doomed[copy.tag] = copy
@@ -271,9 +273,7 @@ class DramHoldings:
     def states(self) -> tuple[CopyState, ...]:
         """What is claimed, for the next life."""
         if self._saved is None:
-            self._saved = tuple(
-                CopyState(checkpoint_id=id, extents=copy.extents) for id, copy in self.copies.items() if copy.ready
-            )
+            self._saved = tuple(self._claims.values())
         return self._saved
 
     def restore(self, state: PoolState, whole: dict[str, OnSsd], uses: Iterator[int]) -> None:
@@ -287,7 +287,9 @@ class DramHoldings:
                 self.allocator.reserve(one.extents)
             except ValueError:
                 continue
-            self.put(Copy(stored=on.stored, extents=one.extents, tag=self.tag(), used=next(uses), ready=True))
+            copy = Copy(stored=on.stored, extents=one.extents, tag=self.tag(), used=next(uses))
+            self.put(copy)
+            self.ready(copy, copy.used)
 
     def check(self) -> None:
         """Assert the accounts."""
@@ -304,6 +306,8 @@ class DramHoldings:
             assert copy.doomed and copy.leases and copy.tag == tag, "a copy is kept for nobody"
         for id, copy in self.copies.items():
             assert copy.id == id and not copy.doomed, "a copy is under a wrong name"
+        claims = {id: copy.extents for id, copy in self.copies.items() if copy.ready}
+        assert {id: one.extents for id, one in self._claims.items()} == claims, "the next life would not know"
         for stream in self.streams.values():
             assert stream.running or stream.leased, "a window is kept for nobody"
 

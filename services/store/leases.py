@@ -28,6 +28,7 @@ class Held:
     ttl_s: float
     expires_at: float
     on: Copy | Stream
+    state: LeaseState
     kept_for: Hashable = None
 
 
@@ -56,7 +57,7 @@ class Leases:
     def add(self, lease: Lease, holder: str, ttl_s: float, on: Copy | Stream, *, kept_for: Hashable = None) -> None:
         """A lease is granted (or was, in an earlier life)."""
         expires_at = self._out.now + ttl_s
-        self.alive[lease.lease_id] = Held(lease, holder, ttl_s, expires_at, on, kept_for)
+        self.alive[lease.lease_id] = Held(lease, holder, ttl_s, expires_at, on, _state(lease, holder, ttl_s), kept_for)
         self._of[on.stored.id] = self._of.get(on.stored.id, 0) + 1
         if isinstance(on, Copy):
             on.leases += 1
@@ -166,6 +167,7 @@ class Leases:
         held.expires_at = expires_at
         if ttl_s != held.ttl_s:
             held.ttl_s = ttl_s
+            held.state = _state(held.lease, held.holder, ttl_s)
             self._changed()
 
     # -- the next life -------------------------------------------------------------------------------------------
@@ -173,9 +175,11 @@ class Leases:
     def states(self) -> tuple[LeaseState, ...]:
         """The leases on copies that are claimed."""
         return tuple(
-            LeaseState(lease=held.lease, holder=held.holder, ttl_s=held.ttl_s)
-            for held in self.alive.values()
-            if isinstance(held.on, Copy) and held.on.ready and not held.on.doomed
+            [
+                held.state
+                for held in self.alive.values()
+                if type(held.on) is Copy and held.on.ready and not held.on.doomed
+            ]
         )
 
     def restore(self, one: LeaseState, segment: str) -> None:
@@ -224,3 +228,7 @@ class Leases:
 def bounded_ttl(ttl_s: float) -> float:
     """What a caller may ask for. NaN and less than nothing is no time at all."""
     return min(ttl_s, TTL_LIMIT_S) if ttl_s > 0 else 0.0
+
+
+def _state(lease: Lease, holder: str, ttl_s: float) -> LeaseState:
+    return LeaseState(lease=lease, holder=holder, ttl_s=ttl_s)
