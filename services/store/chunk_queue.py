@@ -144,7 +144,11 @@ class ChunkQueue:
     # -- jobs ------------------------------------------------------------------------------------------------------
 
     def add(self, job: Job, now: float) -> None:
-        """A job begins. Raises `conflict` if one of this key runs, ValueError if its numbers cannot be."""
+        """A job begins.
+
+        Raises `conflict` if one of this key runs, `no_capacity` if its window is too small for a chunk of the image,
+        ValueError if its numbers cannot be.
+        """
         if job.key in self._running:
             raise HearthError(Code.CONFLICT, f"The job {job.key} is running already.")
         count = -(-job.image_bytes // job.chunk_bytes)
@@ -195,7 +199,10 @@ class ChunkQueue:
             for index in range(-(-job.image_bytes // job.chunk_bytes)):
                 first, last = self._turns(job, index)
                 if last - first >= job.window_chunks:
-                    raise ValueError(f"chunk {index} does not fit into a window of {job.window_chunks} chunks")
+                    raise HearthError(
+                        Code.NO_CAPACITY,
+                        f"A chunk of {job.chunk_bytes} bytes does not fit into {job.window_chunks} chunks of the pool.",
+                    )
             slots = slots[: job.window_chunks]
         return tuple(slots), [min(size, job.image_bytes - turn * size) for turn in range(turns)]
 

@@ -67,6 +67,8 @@ class OpenFile:
                     os.close(self._buffered)
                     raise
         self.direct = self._direct >= 0
+        # Nothing is read ahead: another thread may not want it yet, and nobody would drop it.
+        os.posix_fadvise(self._buffered, 0, 0, os.POSIX_FADV_RANDOM)
 
     def read(self, into: memoryview, offset: int, data_bytes: int, block_bytes: int) -> None:
         """Fill `into` (whole pages) with `data_bytes` from byte `offset` and zeros behind them. Raises OSError.

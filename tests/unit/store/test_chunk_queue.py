@@ -197,6 +197,16 @@ def test_a_window_waits_for_its_holder_and_for_its_own_threads() -> None:
     assert q.is_over("a")
 
 
+def test_a_job_may_choose_its_own_order_but_not_in_a_window() -> None:
+    q = queue()
+    q.add(job("a", chunks=4, pick=max), 0)
+    assert order(q) == [("a", index) for index in (3, 2, 1, 0)]
+    window = (Extent(offset=0, length=2 * P),)
+    q.add(job("b", chunks=3, pick=max, extents=window, tag=1, window_chunks=2), 0)
+    q.advance("b", 1)
+    assert order(q) == [("b", index) for index in (0, 1, 2)]
+
+
 def test_what_the_holder_said_before_the_job_began_counts() -> None:
     q = queue()
     q.advance("a", 1)
@@ -224,8 +234,9 @@ def test_numbers_that_cannot_be_are_refused(wrong: dict[str, object]) -> None:
 
 def test_a_window_that_is_smaller_than_a_chunk_of_the_image_is_refused() -> None:
     window = (Extent(offset=0, length=2 * P),)
-    with pytest.raises(ValueError, match="does not fit into a window"):
+    with pytest.raises(HearthError, match="A chunk of 12288 bytes does not fit into 2 chunks") as refused:
         queue().add(job(chunk_bytes=3 * P, extents=window, window_chunks=2), 0)
+    assert refused.value.failure.code is Code.NO_CAPACITY
     queue().add(job(chunk_bytes=2 * P, extents=window, window_chunks=2), 0)
 
 

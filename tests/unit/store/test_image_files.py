@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import os
 from functools import partial
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 
 from services.store import image_files
 from services.store.image_files import ImageWriter, StoredImage, rewrite
+from services.store.tuning import filesystem_of
 from shared.contracts.manifest import PAGE_BYTES, Manifest
 from shared.errors import Code, HearthError
 from tests.unit.store.images import make_image, page_memory
@@ -100,6 +103,22 @@ def test_a_file_system_without_direct_io_goes_through_the_page_cache(
     no_direct(monkeypatch, where)
     assert not write_all(tmp_path, manifest, image)
     assert read_all(tmp_path, manifest) == (image, False)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_nothing_stays_in_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool) -> None:
+    if filesystem_of(tmp_path) in ("tmpfs", "ramfs"):
+        pytest.skip("this file system is the page cache")
+    manifest, image = make_image(tmp_path, [64 * CHUNK], chunk_bytes=CHUNK, write=False)
+    path = tmp_path / manifest.files[0].name
+    if not direct:
+        no_direct(monkeypatch, "use")
+    write_all(tmp_path, manifest, image)
+    assert cached_pages(path) == 0
+    assert read_all(tmp_path, manifest)[0] == image
+    assert cached_pages(path) == 0
+    path.read_bytes()
+    assert cached_pages(path) == 64 * CHUNK // PAGE_BYTES, "the probe sees what is cached"
 
 
 def test_short_reads_and_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,6 +211,18 @@ def test_files_that_are_not_there_are_a_clear_error(tmp_path: Path) -> None:
         StoredImage(tmp_path, manifest)
     assert failed.value.failure.code is Code.CHECKPOINT_UNAVAILABLE
     assert open_files(tmp_path) == []
+
+
+def cached_pages(path: Path) -> int:
+    """How many pages of a file are in the page cache."""
+    pages = -(-path.stat().st_size // PAGE_BYTES)
+    seen = (ctypes.c_ubyte * pages)()
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+        first = ctypes.c_char.from_buffer(mapped)
+        address = ctypes.addressof(first)
+        del first
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(mapped)), seen) == 0
+    return sum(page & 1 for page in seen)
 
 
 def open_files(directory: Path) -> list[str]:
