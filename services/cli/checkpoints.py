@@ -128,6 +128,8 @@ def held_table(record: ServerRecord, held: Sequence[HeldCheckpoint], deployments
         lines.append(Text(_aligned(row, widths)))
         if below := _below(one, names):
             lines.append(Text.assemble(" " * (widths[0] + len(GAP)), below))
+        if one.quarantined:
+            lines.append(Text.assemble(" " * (widths[0] + len(GAP)), (f"quarantined: {one.quarantined}", "red")))
     return Group(*lines, "")
 
 
@@ -160,9 +162,7 @@ def _below(one: HeldCheckpoint, names: list[str]) -> Text:
     if names:
         parts.append(Text(", ".join(names), style="dim"))
     if one.pinned:
-        parts.append(Text(f"pinned in {one.pinned}", style="cyan"))
-    if one.quarantined:
-        parts.append(Text(f"quarantined: {one.quarantined}", style="red"))
+        parts.append(Text(f"pinned in {one.pinned.upper()}", style="cyan"))
     return Text(" · ", style="dim").join(parts)
 
 

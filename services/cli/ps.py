@@ -175,9 +175,10 @@ def server_notes(record: ServerRecord, view: ClusterView) -> list[Text]:
 
     if record.loads or record.load_queue_bytes:
         words = f"{record.loads} load" if record.loads == 1 else f"{record.loads} loads"
-        left = f", {size(record.load_queue_bytes)} left to move" if record.load_queue_bytes else ""
-        drained = "" if record.load_drain_s is None else f", done in {duration(record.load_drain_s)}"
-        note(words + left + drained)
+        if record.load_queue_bytes:  # what is being planned or converted has no known length
+            words += f", {size(record.load_queue_bytes)} left to move"
+            words += "" if record.load_drain_s is None else f", done in {duration(record.load_drain_s)}"
+        note(words)
     for tier, arriving in (("DRAM", record.dram_arriving), ("SSD", record.ssd_arriving)):
         for checkpoint_id, done_bytes in sorted(arriving.items()):
             found = checkpoints.get(checkpoint_id)
@@ -188,7 +189,7 @@ def server_notes(record: ServerRecord, view: ClusterView) -> list[Text]:
             )
             note(f"{called(checkpoint_id)} is arriving in {tier}: {part}")
     if record.pinned:
-        pins = [f"{called(checkpoint_id)} in {tier}" for checkpoint_id, tier in sorted(record.pinned.items())]
+        pins = [f"{called(checkpoint_id)} in {tier.upper()}" for checkpoint_id, tier in sorted(record.pinned.items())]
         note(f"pinned: {', '.join(pins[:NOTED])}{_more(len(pins) - NOTED)}", "cyan")
     for checkpoint_id, reason in sorted(record.quarantined.items())[:NOTED]:
         note(f"{called(checkpoint_id)} is quarantined: {reason}", "red")

@@ -123,7 +123,8 @@ def verify(options: argparse.Namespace) -> int:
     async def act(client: Client, server_id: str, meant: Meant) -> tuple[dict[str, Any], str]:
         answer = await _follow(client, server_id, meant, "verify", {})
         chunks, repaired = (int(answer["verified"].get(name, 0)) for name in ("chunks", "repaired_chunks"))
-        words = f"{repaired} of its {chunks} chunks were corrupt and are repaired" if repaired else f"{chunks} chunks"
+        count = f"{chunks} chunk" if chunks == 1 else f"{chunks} chunks"
+        words = f"{repaired} of its {count} had to be repaired" if repaired else count
         return answer, f"{server_id}: {meant.words} is sound ({words})"
 
     return _on_one(options, act)

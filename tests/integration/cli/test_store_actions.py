@@ -135,7 +135,7 @@ async def test_what_is_held(gateway: Gateway, capsys: pytest.CaptureFixture[str]
             ["verify", "demo"],
             ("POST", f"server-1/checkpoints/{ID}/verify", {}),
             {"verified": {"checkpoint_id": ID, "chunks": 7, "repaired_chunks": 2}},
-            "server-1: demo is sound (2 of its 7 chunks were corrupt and are repaired)",
+            "server-1: demo is sound (2 of its 7 chunks had to be repaired)",
         ),
         (
             ["prefetch", "demo"],

@@ -110,13 +110,13 @@ def test_a_checkpoint_in_two_lines() -> None:
     assert lines[2].split() == [
         "abcccccccccc", "Llama", "float32", "12", "MiB", "100", "%", "41", "%", "2", "31.2", "42", "s", "6", "ms"
     ]  # fmt: skip
-    assert lines[3].strip().endswith("xxx/model · demo · pinned in ssd")
+    assert lines[3].strip().endswith("xxx/model · demo · pinned in SSD")
 
 
 def test_one_that_is_quarantined_says_why() -> None:
     held = msgspec.structs.replace(HELD, quarantined="chunk 3 is corrupt", pinned="", idle_s=None, bring_back_s=None)
     lines = shown(held, width=160).splitlines()
-    assert "quarantined: chunk 3 is corrupt" in lines[3]
+    assert lines[4].strip() == "quarantined: chunk 3 is corrupt"
     assert lines[2].rstrip().endswith("–")
 
 

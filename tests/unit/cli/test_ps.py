@@ -106,7 +106,7 @@ def test_a_server_says_what_moves_and_what_stays() -> None:
         "server-1: 2 loads, 3 GiB left to move, done in 2.5 s",
         "server-1: c1 (demo) is arriving in DRAM: 3 MiB of 12 MiB (25 %)",
         "server-1: ffffffffffff is arriving in SSD: 1 GiB",
-        "server-1: pinned: c1 (demo) in dram",
+        "server-1: pinned: c1 (demo) in DRAM",
         "server-1: eeeeeeeeeeee is quarantined: chunk 3 is corrupt",
     ]
     assert "server-2:" not in text
