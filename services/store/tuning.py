@@ -30,9 +30,9 @@ VERSION: Final = 1
 THREADS: Final = (4, 2, 8, 1)  # the likeliest first: a slow disk leaves no time for all
 BLOCK_BYTES: Final = (CHUNK_BYTES, 4 << 20, 1 << 20)
 CLOSE_ENOUGH: Final = 0.97  # of the fastest: below that it is slower, above it is noise
-BUDGET_S: Final = 1.2  # of reading; opening, writing a sample and the like come on top
-SAMPLE_BYTES: Final = 256 << 20  # a temporary file when nothing is stored; and the least that a file must have
-SAMPLE_BUDGET_S: Final = 0.5  # of writing it
+BUDGET_S: Final = 0.9  # of reading; opening, writing a sample and the last turn come on top
+SAMPLE_BYTES: Final = 128 << 20  # a temporary file when nothing is stored; and the least that a file must have
+SAMPLE_BUDGET_S: Final = 0.3  # of writing it
 SPAN_BYTES: Final = 64 << 20  # read by one setting before it is the next one's turn
 
 
@@ -149,7 +149,7 @@ def largest_weight_file(store_dir: Path) -> Path | None:
 def temporary_sample(directory: Path, size_bytes: int = SAMPLE_BYTES) -> Iterator[Path | None]:
     """A file of random bytes on this file system, gone at the end however that comes; None if there is no room for it.
 
-    It is as large as can be written in half a second, at least a quarter of `size_bytes`.
+    It is as large as can be written in `SAMPLE_BUDGET_S`, at least a quarter of `size_bytes`.
     """
     status = os.statvfs(directory)
     if status.f_bavail * status.f_frsize < 4 * size_bytes:
@@ -166,7 +166,8 @@ def temporary_sample(directory: Path, size_bytes: int = SAMPLE_BYTES) -> Iterato
             while done < size_bytes and (done < size_bytes // 4 or time.perf_counter() - began < SAMPLE_BUDGET_S):
                 writer.write(memoryview(block), done)
                 done += CHUNK_BYTES
-            writer.sync()
+            if not writer.direct:
+                writer.sync()  # and out of the page cache
         finally:
             writer.close()
         yield path
@@ -247,14 +248,15 @@ def measure(
     tallies = {(threads, block): Tally() for block in blocks for threads in THREADS}
     with contextlib.closing(Reader(path, max(THREADS), chunk_bytes)) as reader:
         over = time.perf_counter() + budget_s
-        reader.read(THREADS[0], blocks[0], span_bytes, verify=verify)  # what a disk does after a rest is its best
+        # What a disk does after a rest is its best: this turn counts only if there is time for no other.
+        first = reader.read(THREADS[0], blocks[0], span_bytes, verify=verify)
         for lap in range(laps):
             for setting in tallies if lap % 2 == 0 else reversed(tallies):
-                if time.perf_counter() >= over and any(tally.bytes for tally in tallies.values()):
-                    break
+                if time.perf_counter() >= over:
+                    break  # and out of every further lap
                 tallies[setting].add(reader.read(*setting, span_bytes, verify=verify))
-            if time.perf_counter() >= over:
-                break
+        if not any(tally.bytes for tally in tallies.values()):
+            tallies[THREADS[0], blocks[0]].add(first)
         table = tuple(tally.setting(*setting) for setting, tally in tallies.items() if tally.bytes)
         best = choose(table)
         return Tuning(
@@ -275,8 +277,7 @@ class Reader:
                 raise OSError(errno.EINVAL, f"less than a chunk of {chunk_bytes} bytes to read")
             self._buffers = [mmap.mmap(-1, chunk_bytes) for _ in range(threads)]
             for buffer in self._buffers:
-                for page in range(0, chunk_bytes, PAGE_BYTES):
-                    buffer[page] = 1
+                buffer.write(bytes(chunk_bytes))  # touched: reading shall not have to
         except OSError:
             self.close()
             raise
