@@ -223,8 +223,9 @@ class TorchLoader:
             image, placed = in_memory(lease, self._mappings, watch)
             return image, placed, bytes_at(placed.address, placed.size_bytes)
         pieces, size_bytes = pieces_of(lease), image_bytes(lease)
-        segment = self._mappings.hold(lease)
-        try:
+        with ExitStack() as undo:
+            segment = self._mappings.hold(lease)
+            undo.callback(self._mappings.release, segment)
             self._pin(segment.address, segment.size_bytes)
             try:
                 buffer = torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
@@ -233,9 +234,7 @@ class TorchLoader:
                     Code.OUT_OF_MEMORY, f"{size_bytes} bytes of parameters do not fit the device."
                 ) from error
             copier = DeviceCopier(bytes_at(segment.address, segment.size_bytes), buffer)
-        except BaseException:
-            self._mappings.release(segment)
-            raise
+            undo.pop_all()
 
         def copy(own: LoadWatch) -> None:
             arrivals = Arrivals(pieces, segment.word, own, REAL_TIME)
