@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 PIECE_BYTES: Final = 256 * 1024  # what a cut connection can lose; 1 MiB is no faster
 MOST_TRIES: Final = 5  # in a row without a piece arriving, each of them with obstore's own retries
 MOST_FILES: Final = 20_000
+PAGE_FILES: Final = 1000
 INDEX_LIMIT_BYTES: Final = 64 * 2**20
 # Web servers do not list directories, so these are asked for by name; the patterns' usual names stand for them.
 _USUAL: Final = ("tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "qwen.tiktoken", "tiktoken.model")
@@ -184,13 +185,25 @@ class ObjectTree:
         return found
 
     def _listed(self) -> dict[str, _Entry]:
+        entries: dict[str, _Entry] = {}
+        folders: set[str] = set()
+        seen = 0
         with object_errors(self._shown):
-            listing = obstore.list_with_delimiter(self._store)
-        objects = listing["objects"]
-        if len(objects) > MOST_FILES:
-            raise HearthError(Code.TOO_LARGE, f"{self._shown} has {len(objects)} files, more than {MOST_FILES}.")
-        entries = {one["path"].rpartition("/")[2]: _entry_of(one) for one in objects}
-        return {name: entries[name] for name in sorted(entries) if _NAME.fullmatch(name)}
+            # With what lies deeper, because this listing can be ended: one without would bring millions of names first.
+            for page in obstore.list(self._store, chunk_size=PAGE_FILES):
+                self._check_stop()
+                seen += len(page)
+                if seen > MOST_FILES:
+                    message = f"{self._shown} has more than {MOST_FILES} files in it and below it."
+                    raise HearthError(Code.TOO_LARGE, message)
+                for one in page:
+                    name, deeper, _ = one["path"].partition("/")
+                    if deeper:
+                        folders.add(name)
+                    elif _NAME.fullmatch(name):
+                        entries[name] = _entry_of(one)
+        # Some programs mark a folder by an empty object of its name.
+        return {name: entries[name] for name in sorted(entries) if name not in folders}
 
     def _by_name(self) -> dict[str, _Entry]:
         """What a web server has of the names that a checkpoint can consist of."""

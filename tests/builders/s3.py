@@ -42,6 +42,8 @@ CONTROL: Final = "-control"
 class Fault:
     """What goes wrong, `times` times (-1: always), for the GETs of keys that contain `key` and ask for `least_bytes`.
 
+    The first `skip` of them go well.
+
     `kind`: "cut" (the connection ends after `after_bytes`, or after `fraction` of the body), "status" (an answer with
     `status` instead), "slow" (`bytes_per_s`), "stall" (silence for `seconds` after `after_bytes`), "whole" (Range is
     ignored), "unconditional" (If-Match is ignored, as simple servers do), "change" (the object's last byte and time
@@ -50,6 +52,7 @@ class Fault:
 
     kind: str
     times: int = 1
+    skip: int = 0
     key: str = ""
     least_bytes: int = 0
     after_bytes: int = 0
@@ -88,6 +91,9 @@ class State:
         """The first fault of this kind that applies, used up once."""
         for fault in self.faults:
             if fault.kind == kind and fault.times != 0 and fault.key in key and asked_bytes >= fault.least_bytes:
+                if fault.skip:
+                    fault.skip -= 1
+                    continue
                 fault.times -= 1 if fault.times > 0 else 0
                 return fault
         return None

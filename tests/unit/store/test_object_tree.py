@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from obstore.store import MemoryStore
 
+from services.store import object_tree
 from services.store.object_tree import PIECE_BYTES, ObjectTree
 from services.store.object_writer import PART_BYTES, ObjectWriter
 from services.store.objects import open_directory_store, open_store
@@ -89,6 +90,17 @@ def test_many_objects_are_listed_page_by_page(s3: S3Server, bucket: Path) -> Non
     assert len(found) == 1203
     assert found["f1202"] == 1202 % 7
     assert len(s3.served("GET", "")) >= 2
+
+
+def test_a_listing_is_ended_when_it_is_too_long(s3: S3Server, bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_tree, "MOST_FILES", 1500)
+    for number in range(2600):
+        (bucket / "long" / f"d{number % 3}").mkdir(parents=True, exist_ok=True)
+        (bucket / "long" / f"d{number % 3}" / f"f{number:04}").write_bytes(b"")
+    with pytest.raises(HearthError, match=r"s3://models/long has more than 1500 files in it and below it\.") as refused:
+        ObjectTree("s3://models/long", options(s3))
+    assert refused.value.failure.code is Code.TOO_LARGE
+    assert len(s3.served("GET", "")) == 2, "not the third page"
 
 
 def test_the_revision_names_the_content(s3: S3Server, bucket: Path) -> None:
@@ -203,18 +215,18 @@ def test_an_object_that_changes_between_two_ranges_is_never_mixed(
     assert s3.sent_bytes("model.safetensors") <= MIB
 
 
-def test_an_object_that_changes_while_a_cut_range_is_resumed_is_never_mixed(s3: S3Server, bucket: Path) -> None:
+@pytest.mark.parametrize("conditional", [True, False])
+def test_an_object_that_changes_while_a_cut_range_is_resumed_is_never_mixed(
+    s3: S3Server, bucket: Path, conditional: bool
+) -> None:
     source = tree(s3)
-    read(source, length=10)
-    changed = threading.Event()
-    s3.fail(
-        Fault("cut", key="model.safetensors", fraction=0.3),
-        Fault("change", key="model.safetensors", least_bytes=1, times=1),
-    )
-    # The first of the two GETs is changed and refused, whichever it is: nothing of another content is ever taken.
+    faults = [Fault("cut", key="safetensors", fraction=0.3), Fault("change", key="safetensors", skip=1)]
+    if not conditional:
+        faults.append(Fault("unconditional", times=-1, key="safetensors"))
+    s3.fail(*faults)
     failure = refusal(source).failure
-    assert "changed" in failure.message
-    assert not changed.is_set()
+    assert (failure.code, "changed" in failure.message) == (Code.CHECKPOINT_UNAVAILABLE, True)
+    assert len(s3.served("GET", "safetensors")) >= 2
 
 
 def test_a_silent_server_is_given_up_on_and_asked_again(s3: S3Server, bucket: Path) -> None:
