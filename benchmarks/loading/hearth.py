@@ -8,6 +8,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,7 +87,7 @@ class Child:
 
 
 class StoreUnderTest:
-    """A store with a directory and servers of its own. `env` adds settings."""
+    """A store with a directory (removed at the end) and servers of its own. `env` adds settings."""
 
     def __init__(self, home: Path, *, dram_bytes: int, env: dict[str, str] | None = None) -> None:
         self.home = home
@@ -131,6 +132,7 @@ class StoreUnderTest:
         for server in self._servers:
             server.terminate()
             server.wait(10)
+        shutil.rmtree(self.store_dir, ignore_errors=True)
         # A pool that was kept for the next life of a store that will not come.
         for left in Path("/dev/shm").glob(f"hearth-{self.prefix}-*"):
             left.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 
 from benchmarks.loading.bench import Options, Run, median, verdict
@@ -60,4 +59,3 @@ def imports(options: Options) -> None:
         rows,
     )
     write("load-import", {"bytes": size, "runs": found, "fio_writes": ceiling.writes})
-    shutil.rmtree(options.scratch / "import", ignore_errors=True)
