@@ -87,12 +87,19 @@ async def test_killed_and_started_again(
         first = await get_lease(bus, source)
         assert first.tier == "remote"
         process.kill()
-    assert os.listdir(shm) == [Path(first.segment).name], "a killed store cannot clean up"
+    pool = Path(first.segment).name
+    assert sorted(os.listdir(shm)) == [pool, f"{pool}.state"], "what a killed store leaves behind"
     with a_process(tmp_path, **settings) as process:
         await pid_of_ready_store(registry, process)
         again = await get_lease(bus, source)
-        assert (again.tier, again.checkpoint) == ("ssd", first.checkpoint)
-        assert os.listdir(shm) == [Path(again.segment).name] != [Path(first.segment).name]
+        assert (again.tier, again.checkpoint, again.segment) == ("dram", first.checkpoint, first.segment)
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.get_running_loop().run_in_executor(None, process.wait, 20) == 0
+    assert sorted(os.listdir(shm)) == [pool, f"{pool}.state"], "kept for the next life"
+    with a_process(tmp_path, **(settings | {"dram_bytes": str(2**21), "keep_pool": "0"})) as process:
+        await pid_of_ready_store(registry, process)
+        other = await get_lease(bus, source)
+        assert (other.tier, other.checkpoint) == ("ssd", first.checkpoint), "a pool of another size is a new one"
         process.send_signal(signal.SIGTERM)
         assert await asyncio.get_running_loop().run_in_executor(None, process.wait, 20) == 0
     assert os.listdir(shm) == []

@@ -8,6 +8,7 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -18,21 +19,45 @@ from shared.contracts.manifest import decode_manifest
 from shared.contracts.records import ServerRecord
 from shared.contracts.residency import (
     Acquire,
+    Consumed,
+    Done,
     Evict,
+    Export,
     Import,
     Imported,
     Inspect,
     Lease,
+    ListCheckpoints,
     LoadProgress,
+    Pin,
+    Prefetch,
     Release,
     Renew,
     Source,
+    Verified,
+    Verify,
+    arrival_word,
 )
 from shared.errors import Code, HearthError
 from shared.lifecycle import run_service
 from shared.registry import Registry
 from shared.settings import StoreSettings
-from shared.subjects import ACQUIRE, EVICT, IMPORT, INSPECT, LOAD_PROGRESS, RELEASE, RENEW
+from shared.subjects import (
+    ACQUIRE,
+    CONSUMED,
+    EVICT,
+    EXPORT,
+    IMPORT,
+    INSPECT,
+    LIST,
+    LOAD_PROGRESS,
+    PIN,
+    PREFETCH,
+    RELEASE,
+    RENEW,
+    VERIFY,
+    Endpoint,
+)
 from tests.unit.store.sources import LLAMA, make_source
 
 CHUNK = 8192
@@ -58,6 +83,9 @@ def settings(tmp_path: Path, shm: Path, nats_url: str, redis_url: str, prefix: s
         dram_bytes=16 * CHUNK,
         ssd_bytes=2**20,
         chunk_bytes=CHUNK,
+        io_threads=2,
+        io_block_bytes=CHUNK,
+        keep_pool=False,
         heartbeat_s=0.2,
     )
 
@@ -86,9 +114,13 @@ async def until(holds: Callable[[], Awaitable[bool]]) -> None:
         await asyncio.sleep(0.01)
 
 
-async def get_lease(bus: Bus, source: Source, *, id: str = "", holder: str = "w1", ttl_s: float = 30.0) -> Lease:
+async def get_lease(
+    bus: Bus, source: Source, *, id: str = "", holder: str = "w1", ttl_s: float = 30.0, arriving: bool = False
+) -> Lease:
     while True:
-        message = Acquire(checkpoint_id=id, source=source, holder=holder, ttl_s=ttl_s, deployment="d1")
+        message = Acquire(
+            checkpoint_id=id, source=source, holder=holder, ttl_s=ttl_s, deployment="d1", arriving=arriving
+        )
         answer = await bus.call(ACQUIRE, message, server_id=SERVER, extra_s=1)
         if isinstance(answer, Lease):
             return answer
@@ -101,6 +133,19 @@ async def do_import(bus: Bus, source: Source) -> Imported:
             return answer
 
 
+async def done(bus: Bus, endpoint: Endpoint[Any, Any], message: msgspec.Struct) -> None:
+    """Ask again and again until it is done."""
+    while not isinstance(await bus.call(endpoint, message, server_id=SERVER, extra_s=1), Done):
+        pass
+
+
+async def verify(bus: Bus, id: str) -> Verified:
+    while True:
+        answer = await bus.call(VERIFY, Verify(checkpoint_id=id), server_id=SERVER, extra_s=1)
+        if isinstance(answer, Verified):
+            return answer
+
+
 def image_of(lease: Lease) -> bytes:
     """The leased bytes, read as a worker would: through a read-only mapping."""
     file = os.open(lease.segment, os.O_RDONLY)
@@ -109,6 +154,10 @@ def image_of(lease: Lease) -> bytes:
             return b"".join(segment[extent.offset : extent.offset + extent.length] for extent in lease.extents)
     finally:
         os.close(file)
+
+
+def segment_of(lease: Lease) -> bytes:
+    return Path(lease.segment).read_bytes()
 
 
 def file_of(lease: Lease, name: str) -> bytes:
@@ -237,7 +286,47 @@ async def test_lease_expires_and_its_room_is_used_again(
         assert second.extents == first.extents
 
 
-async def test_a_damaged_checkpoint_is_found_and_imported_anew(
+async def test_what_the_pool_holds_and_who_has_leases_outlives_the_store(
+    settings: StoreSettings, bus: Bus, registry: Registry, tmp_path: Path
+) -> None:
+    make_source(tmp_path / "m")
+    source = Source(url=str(tmp_path / "m"))
+    kept = msgspec.structs.replace(settings, keep_pool=True)
+    async with a_store(kept, registry):
+        lease = await get_lease(bus, source)
+        bytes_before = image_of(lease)
+    async with a_store(kept, registry):
+        renew = Renew(holder="w1", lease_ids=(lease.lease_id, "another"), ttl_s=9)
+        answer = await bus.call(RENEW, renew, server_id=SERVER)
+        assert answer.unknown == ("another",)
+        assert image_of(lease) == bytes_before
+        again = await get_lease(bus, source)
+        assert (again.tier, again.extents, again.segment) == ("dram", lease.extents, lease.segment)
+        assert again.lease_id != lease.lease_id
+
+
+async def test_a_damaged_chunk_is_made_anew_from_the_source(
+    settings: StoreSettings, bus: Bus, registry: Registry, tmp_path: Path
+) -> None:
+    make_source(tmp_path / "m")
+    source = Source(url=str(tmp_path / "m"))
+    async with a_store(settings, registry):
+        id = (await do_import(bus, source)).checkpoint.checkpoint_id
+        weights = Path(settings.store_dir) / "checkpoints" / id / "model.safetensors"
+        sound = weights.read_bytes()
+        damage(settings, id)
+        lease = await get_lease(bus, source, id=id)
+        assert lease.tier == "ssd"
+        assert image_of(lease)[: len(sound)] == sound
+        assert weights.read_bytes() == sound
+        damage(settings, id)
+        assert await verify(bus, id) == Verified(
+            chunks=len(decode_manifest(file_of(lease, "hearth.json")).chunks), repaired_chunks=1
+        )
+        assert weights.read_bytes() == sound
+
+
+async def test_what_nobody_can_repair_is_set_aside_and_imported_anew_when_it_can_be(
     settings: StoreSettings, bus: Bus, registry: Registry, tmp_path: Path
 ) -> None:
     make_source(tmp_path / "m")
@@ -245,10 +334,102 @@ async def test_a_damaged_checkpoint_is_found_and_imported_anew(
     async with a_store(settings, registry):
         id = (await do_import(bus, source)).checkpoint.checkpoint_id
         damage(settings, id)
+        (tmp_path / "m").rename(tmp_path / "away")
         with pytest.raises(HearthError) as damaged:
             await get_lease(bus, source, id=id)
         assert damaged.value.failure.code is Code.CHECKPOINT_CORRUPT
+
+        async def set_aside() -> bool:
+            record = await registry.get(ServerRecord, SERVER)
+            aside = names_in(settings, "quarantine") == [id]
+            return record is not None and id in record.quarantined and not record.ssd and aside
+
+        await until(set_aside)
+        (tmp_path / "away").rename(tmp_path / "m")
         assert (await get_lease(bus, source, id=id)).tier == "remote"
+        assert names_in(settings, "checkpoints") == [id]
+        assert names_in(settings, "quarantine") == []
+
+
+async def test_a_lease_on_bytes_that_are_still_arriving(
+    settings: StoreSettings, bus: Bus, registry: Registry, tmp_path: Path
+) -> None:
+    make_source(tmp_path / "m")
+    source = Source(url=str(tmp_path / "m"))
+    async with a_store(settings, registry):
+        id = (await do_import(bus, source)).checkpoint.checkpoint_id
+        lease = await get_lease(bus, source, id=id, arriving=True)
+        arrival = lease.arrival
+        assert arrival is not None
+        chunks = [extent.offset // CHUNK + at for extent in lease.extents for at in range(-(-extent.length // CHUNK))]
+
+        async def all_there() -> bool:
+            board = segment_of(lease)[arrival.board_offset :]
+            words = [int.from_bytes(board[8 * chunk : 8 * chunk + 8], "little") for chunk in chunks]
+            return words == [arrival_word(arrival.tag, 0)] * len(chunks)
+
+        await until(all_there)
+        file = file_of(lease, "model.safetensors")
+        assert image_of(lease)[: len(file)] == file
+
+
+async def test_a_checkpoint_larger_than_the_pool_streams_through_a_window(
+    settings: StoreSettings, bus: Bus, registry: Registry, tmp_path: Path
+) -> None:
+    make_source(tmp_path / "m", {"model.embed_tokens.weight": ("F32", (64, 1500))})
+    source = Source(url=str(tmp_path / "m"))
+    async with a_store(settings, registry):
+        with pytest.raises(HearthError) as refused:
+            await get_lease(bus, source)
+        assert refused.value.failure.code is Code.TOO_LARGE
+        lease = await get_lease(bus, source, arriving=True)
+        arrival = lease.arrival
+        assert arrival is not None
+        window = arrival.window_chunks
+        assert arrival.image_bytes > settings.dram_bytes > window * CHUNK > 0
+        slots = [extent.offset + at for extent in lease.extents for at in range(0, extent.length, CHUNK)]
+        found = bytearray()
+        for chunk in range(-(-arrival.image_bytes // CHUNK)):
+            slot, word = slots[chunk % window], arrival_word(arrival.tag, chunk // window)
+            board_at = arrival.board_offset + 8 * (slot // CHUNK)
+
+            async def arrived(board_at: int = board_at, word: int = word) -> bool:
+                segment = segment_of(lease)
+                return int.from_bytes(segment[board_at : board_at + 8], "little") == word
+
+            await until(arrived)
+            found += segment_of(lease)[slot : slot + CHUNK]
+            bus.publish(CONSUMED, Consumed(holder="w1", lease_id=lease.lease_id, chunks=chunk + 1), server_id=SERVER)
+        file = file_of(lease, "model.safetensors")
+        assert bytes(found[: len(file)]) == file
+        bus.publish(RELEASE, Release(holder="w1", lease_id=lease.lease_id), server_id=SERVER)
+
+        async def window_is_free() -> bool:
+            record = await registry.get(ServerRecord, SERVER)
+            return record is not None and record.dram_used_bytes == 0
+
+        await until(window_is_free)
+
+
+async def test_pin_prefetch_list_export(settings: StoreSettings, bus: Bus, registry: Registry, tmp_path: Path) -> None:
+    make_source(tmp_path / "m")
+    source, target = Source(url=str(tmp_path / "m")), tmp_path / "exported"
+    async with a_store(settings, registry):
+        id = (await do_import(bus, source)).checkpoint.checkpoint_id
+        await done(bus, PIN, Pin(checkpoint_id=id, tier="ssd"))
+        await done(bus, PREFETCH, Prefetch(checkpoint_id=id))
+        (held,) = (await bus.call(LIST, ListCheckpoints(), server_id=SERVER)).checkpoints
+        assert (held.checkpoint.checkpoint_id, held.pinned, held.source) == (id, "ssd", source)
+        assert held.dram_bytes == held.ssd_bytes == held.image_bytes
+        assert await outcome(bus.call(EVICT, Evict(checkpoint_id=id, tier="ssd"), server_id=SERVER)) is Code.BUSY
+        await done(bus, EXPORT, Export(checkpoint_id=id, url=str(target)))
+    async with a_store(settings, registry):  # pins hold
+        assert await outcome(bus.call(EVICT, Evict(checkpoint_id=id, tier="ssd"), server_id=SERVER)) is Code.BUSY
+        await done(bus, PIN, Pin(checkpoint_id=id))
+        await done(bus, EVICT, Evict(checkpoint_id=id, tier="ssd"))
+        # What was exported is copied, not converted, and is the same checkpoint.
+        again = await get_lease(bus, Source(url=str(target)), arriving=True)
+        assert again.checkpoint.checkpoint_id == id
 
 
 @pytest.mark.parametrize("call", ["inspect", "import", "acquire"])
@@ -263,7 +444,7 @@ async def test_refusals_reach_the_caller_and_leave_nothing(
         str(tmp_path / "none"): Code.INVALID_CHECKPOINT,
         str(tmp_path / "cut"): Code.INVALID_CHECKPOINT,
         str(tmp_path / "big"): Code.TOO_LARGE,
-        "relative": Code.INVALID_CHECKPOINT,
+        "relative": Code.INVALID_REQUEST,
         "hf:a/b/c": Code.INVALID_REQUEST,
     }
 
