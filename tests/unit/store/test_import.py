@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -372,6 +373,26 @@ def test_a_file_that_becomes_shorter_while_it_is_read(tmp_path: Path) -> None:
     os.truncate(tmp_path / "m" / "model.safetensors", 1000)
     with pytest.raises(HearthError, match="changed while"):
         origin.read(1, memoryview(bytearray(CHUNK)))
+
+
+def test_a_directory_is_read_exactly_whatever_the_page_cache_holds(tmp_path: Path) -> None:
+    data = random.Random(0).randbytes(9_000_001)
+    (tmp_path / "model.safetensors").write_bytes(data)
+    tree = LocalTree(tmp_path)
+    ends = [(0, 9_000_001), (1, 9_000_000), (4096, 5_000_000), (3_999_999, 9_000_001), (8_999_999, 9_000_001), (5, 5)]
+    for cached in (False, True):
+        for start, end in ends:
+            file = os.open(tmp_path / "model.safetensors", os.O_RDONLY)
+            os.fsync(file)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED if cached else os.POSIX_FADV_DONTNEED)
+            os.close(file)
+            buffer = bytearray(end - start)
+            tree.read("model.safetensors", start, memoryview(buffer))
+            assert buffer == data[start:end]
+            parts = [bytearray(size) for size in (1, 0, 70_000, 4096) if size <= end - start]
+            parts.append(bytearray(end - start - sum(map(len, parts))) if end - start > 80_000 else bytearray())
+            tree.read_parts("model.safetensors", start, [memoryview(part) for part in parts])
+            assert b"".join(parts) == data[start : start + sum(map(len, parts))]
 
 
 # -- any chunk, in any order, from any kind of source
