@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -325,6 +326,9 @@ def test_a_stopped_job_ends_after_its_chunk_and_nothing_is_written_behind_it(poo
     assert stopped.value.failure.code is Code.CANCELLED
     assert len(log) <= 2
     assert words(pool) == [arrival_word(5, FAILED_TURN)] * CHUNKS
+    pool.memory[:] = b"!" * pool.data_bytes  # somebody else has the chunks now
+    assert mover.run(job(Origin(), key="b", extents=())).moved_bytes == len(IMAGE)
+    assert bytes(pool.memory) == b"!" * pool.data_bytes
     mover.stop("never begun")
     with pytest.raises(HearthError):
         mover.run(job(Origin(), key="never begun"))
@@ -389,6 +393,69 @@ def test_jobs_wait_for_windows_and_rates_without_a_thread(pool: Pool) -> None:
         with pytest.raises(HearthError):
             scrub.result(WAIT_S)
     mover.close()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_many_jobs_at_once_with_faults_stops_and_windows(tmp_path: Path, seed: int) -> None:
+    choose = random.Random(seed)
+    pool = Pool.open(tmp_path, prefix="p", server_id="s", chunk_bytes=CHUNK, chunk_count=64)
+    pool.memory[:] = b"?" * pool.data_bytes
+    mover = Mover(pool, threads=3, name="test")
+    free = list(range(0, 64, 2))  # runs of two chunks
+    choose.shuffle(free)
+    jobs: list[tuple[Job, bytes, str]] = []
+    for number in range(6):
+        chunk_bytes = PAGE_BYTES * choose.choice([1, 2, 2, 3, 5])
+        image = choose.randbytes(PAGE_BYTES * choose.randint(1, 19))
+        fate = choose.choice(["well", "well", "damaged", "mended", "stopped", "through a window"])
+        runs = 4 if fate == "through a window" else -(-len(image) // (2 * CHUNK))
+        extents = tuple(Extent(offset=free.pop() * CHUNK, length=2 * CHUNK) for _ in range(runs))
+        indices = range(-(-len(image) // chunk_bytes))
+        sums = [xxhash.xxh3_64_hexdigest(image[i * chunk_bytes : (i + 1) * chunk_bytes]) for i in indices]
+        before = damage(choose.choice(indices), times=1 if fate == "mended" else 9)
+        origin = Origin(image, chunk_bytes, before if fate in ("damaged", "mended") else None)
+        jobs.append(
+            (
+                Job(
+                    key=str(number), priority=choose.randint(0, 3), image_bytes=len(image), chunk_bytes=chunk_bytes,
+                    origin=origin, checksums=sums, extents=extents, tag=number + 1,
+                    window_chunks=8 if fate == "through a window" else 0,
+                ),
+                image,
+                fate,
+            )
+        )  # fmt: skip
+    with ThreadPoolExecutor(len(jobs)) as callers:
+        running = [callers.submit(mover.run, one) for one, _, _ in jobs]
+        for one, _, fate in jobs:
+            mover.set_priority(one.key, choose.randint(0, 3))
+            if fate == "stopped":
+                mover.stop(one.key)
+            mover.advance(one.key, 10_000)  # a holder that is faster than we are
+        failures = [future.exception(WAIT_S) for future in running]
+    mover.close()
+    for (one, image, fate), failure in zip(jobs, failures, strict=True):
+        where = [(e.offset + at) // CHUNK for e in one.extents for at in range(0, e.length, CHUNK)]
+        said = [pool.word(chunk) for chunk in where]
+        if fate == "damaged" or (fate == "stopped" and failure is not None):
+            assert isinstance(failure, HearthError)
+            assert said == [arrival_word(one.tag, FAILED_TURN)] * len(where)
+        elif fate != "through a window":
+            assert failure is None
+            there = -(-len(image) // CHUNK)
+            assert said == [arrival_word(one.tag, 0)] * there + [0] * (len(where) - there)
+            found = b"".join(bytes(pool.memory[e.offset : e.offset + e.length]) for e in one.extents)
+            assert found == image + b"?" * (len(found) - len(image))
+        else:
+            assert failure is None
+            turns = -(-len(image) // CHUNK)
+            for turn in range(max(0, turns - 8), turns):
+                assert pool.word(where[turn % 8]) == arrival_word(one.tag, turn // 8)
+                part = image[turn * CHUNK : (turn + 1) * CHUNK]
+                at = where[turn % 8] * CHUNK
+                assert bytes(pool.memory[at : at + len(part)]) == part
+    assert all(pool.memory[chunk * CHUNK : (chunk + 2) * CHUNK] == b"?" * 2 * CHUNK for chunk in free)
+    pool.close()
 
 
 # -- with real files
