@@ -20,6 +20,7 @@ from services.gateway.service import Gateway
 from shared.codec import CodecError
 from shared.contracts.records import ServerRecord
 from shared.contracts.residency import (
+    LIST_LIMIT,
     Checkpoint,
     Done,
     Evict,
@@ -161,8 +162,13 @@ class Stores:
     async def held(self, request: web.Request) -> web.Response:
         """What a store holds, the one that would be evicted last first."""
         server_id = (await self._record(request)).server_id
-        found = await self._call(LIST, ListCheckpoints(), server_id)
-        return json_answer(encode(HeldList(found.checkpoints)))
+        found: dict[str, HeldCheckpoint] = {}
+        first, total = 0, 1
+        while first < total:  # what changes its place between two parts comes twice
+            part = await self._call(LIST, ListCheckpoints(first=first), server_id)
+            found |= {one.checkpoint.checkpoint_id: one for one in part.checkpoints}
+            first, total = first + LIST_LIMIT, part.total
+        return json_answer(encode(HeldList(tuple(found.values()))))
 
     async def bring_in(self, request: web.Request) -> web.StreamResponse:
         """Import a source into the SSD tier."""

@@ -10,7 +10,7 @@ from services.store.loads import Loads
 from services.store.room import Room, Shelf
 from services.store.tiers import Tiers
 from shared.contracts.records import Phase, ServerRecord
-from shared.contracts.residency import CheckpointList, HeldCheckpoint
+from shared.contracts.residency import LIST_LIMIT, CheckpointList, HeldCheckpoint, ListCheckpoints
 
 
 class Report:
@@ -67,8 +67,8 @@ class Report:
         windows = sum(stream.window_chunks for stream in dram.streams.values()) * self._tiers.chunk_bytes
         return leased + windows + sum(copy.allocated_bytes for copy in dram.doomed.values())
 
-    def listing(self) -> CheckpointList:
-        """Everything that is held, the one that would be evicted last first."""
+    def listing(self, asked: ListCheckpoints) -> CheckpointList:
+        """The part that was asked for of what is held, the one that would be evicted last first."""
         ssd, found = self._tiers.ssd, []
         shelves: tuple[tuple[Shelf, dict[str, OnSsd]], ...] = (
             ("whole", ssd.whole),
@@ -87,7 +87,9 @@ class Report:
             elif job.copy is not None:
                 found.append((True, 0.0, 0, self._held(job.copy.id, job.copy.stored, arrived_bytes=job.done_bytes)))
         found.sort(key=lambda item: item[:3], reverse=True)
-        return CheckpointList(checkpoints=tuple(one for *_, one in found))
+        first = max(0, asked.first)
+        part = found[first : first + min(max(1, asked.limit), LIST_LIMIT)]
+        return CheckpointList(checkpoints=tuple(one for *_, one in part), total=len(found))
 
     def _held(self, id: str, stored: StoredCheckpoint, *, arrived_bytes: int | None = None) -> HeldCheckpoint:
         tiers, now = self._tiers, self._tiers.out.now

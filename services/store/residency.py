@@ -217,8 +217,8 @@ class Residency:
                 calls.verify(message, reply)
             case ExportAsked(message, reply):
                 calls.export(message, reply)
-            case ListAsked(_, reply):
-                self._out.answer(reply, self._report.listing())
+            case ListAsked(message, reply):
+                self._out.answer(reply, self._report.listing(message))
             case SourceInspected():
                 calls.inspected(event)
             case InspectFailed(reply, failure):

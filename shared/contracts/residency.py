@@ -242,8 +242,14 @@ class Export(msgspec.Struct, frozen=True, kw_only=True, tag="export", omit_defau
     wait_s: float = 1.0
 
 
-class ListCheckpoints(msgspec.Struct, frozen=True, kw_only=True, tag="list_checkpoints"):
-    """What does this store hold?"""
+LIST_LIMIT: Final = 1000
+
+
+class ListCheckpoints(msgspec.Struct, frozen=True, kw_only=True, tag="list_checkpoints", omit_defaults=True):
+    """What does this store hold? At most `limit` (≤ `LIST_LIMIT`) after the `first` ones: a message has a limit."""
+
+    first: int = 0
+    limit: int = LIST_LIMIT
 
 
 class HeldCheckpoint(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -269,9 +275,13 @@ class HeldCheckpoint(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 class CheckpointList(msgspec.Struct, frozen=True, kw_only=True, tag="checkpoint_list", omit_defaults=True):
-    """Everything that a store holds, the one that would be evicted last first."""
+    """What a store holds, the one that would be evicted last first: a part of `total`.
+
+    The order may change between two parts.
+    """
 
     checkpoints: tuple[HeldCheckpoint, ...] = ()
+    total: int = 0
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
@@ -287,8 +297,8 @@ class LoadProgress(msgspec.Struct, frozen=True, kw_only=True, tag="load_progress
 
 
 __all__ = [
-    "FAILED_TURN", "Acquire", "Arrival", "Checkpoint", "CheckpointList", "Consumed", "Done", "Evict", "Export",
-    "Extent", "Failure", "HeldCheckpoint", "Import", "Imported", "Inspect", "Inspected", "Lease", "ListCheckpoints",
+    "FAILED_TURN", "LIST_LIMIT", "Acquire", "Arrival", "Checkpoint", "CheckpointList", "Consumed", "Done", "Evict",
+    "Export", "Extent", "Failure", "HeldCheckpoint", "Import", "Imported", "Inspect", "Inspected", "Lease", "ListCheckpoints",
     "LoadProgress", "Pin", "Prefetch", "Progress", "Release", "Renew", "Renewed", "Source", "Verified", "Verify",
     "arrival_word",
 ]  # fmt: skip

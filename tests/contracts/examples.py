@@ -148,8 +148,9 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
     residency.Verify(checkpoint_id="ck1", wait_s=2.0),
     residency.Verified(chunks=9, repaired_chunks=1),
     residency.Export(checkpoint_id="ck1", url="s3://bucket/model", wait_s=2.0),
-    residency.ListCheckpoints(),
+    residency.ListCheckpoints(first=1000, limit=10),
     residency.CheckpointList(
+        total=1001,
         checkpoints=(
             residency.HeldCheckpoint(
                 checkpoint=CHECKPOINT,

@@ -7,6 +7,7 @@ import json
 from collections import defaultdict
 from typing import Any
 
+import msgspec
 import pytest
 
 from shared.bus import Reply, Subscription
@@ -109,6 +110,22 @@ async def test_servers_and_what_they_hold(nats_url: str, redis_url: str, prefix:
         assert held["checkpoint"]["checkpoint_id"] == "c1"
         assert (held["ssd_bytes"], held["leases"], held["quarantined"]) == (43, 2, "")
         assert store.asked == [ListCheckpoints()]
+
+
+async def test_thousands_of_checkpoints_come_in_parts(nats_url: str, redis_url: str, prefix: str) -> None:
+    async with cluster(nats_url, redis_url, prefix) as it:
+        store = await Store(it).start()
+        every = [
+            msgspec.structs.replace(HELD, checkpoint=msgspec.structs.replace(CHECKPOINT, checkpoint_id=f"{n:032x}"))
+            for n in range(2100)
+        ]
+        # One has moved between two parts, so that it is in both.
+        parts = (every[:1000], every[999:1999], every[1999:])
+        store.answers[LIST] = [CheckpointList(checkpoints=tuple(part), total=2101) for part in parts]
+        async with it.http.get(it.url + SERVER + "/checkpoints") as response:
+            found = (await response.json())["data"]
+        assert [one["checkpoint"]["checkpoint_id"] for one in found] == [f"{n:032x}" for n in range(2100)]
+        assert [message.first for message in store.asked] == [0, 1000, 2000]
 
 
 async def test_an_import_by_lines_and_at_once(nats_url: str, redis_url: str, prefix: str) -> None:
