@@ -18,8 +18,10 @@ from shared.contracts.residency import Source
 from shared.errors import Code, HearthError
 from tests.builders.hub import COMMIT, FakeHub
 from tests.builders.s3 import Fault, S3Server
-from tests.unit.store.sources import an_importer, make_source
+from tests.unit.store.sources import LLAMA, Tensors, an_importer, make_source
 
+CHUNK_BYTES = 2**20
+LARGE: Tensors = {**LLAMA, "model.embed_tokens.weight": ("F32", (64, 32 * 1024)), "lm_head.weight": ("F32", (64, 8192))}
 Opens = Callable[[Source], SourceTree]
 
 
@@ -125,3 +127,28 @@ def test_pickles_are_refused_before_anything_is_downloaded(
         importer.look(Source(url=url_of(kind, s3)))
     assert "pytorch_model.bin" not in hub.resolved()
     assert [one for one in s3.served("GET") if "pytorch_model.bin" in one.key] == []
+
+
+@pytest.mark.parametrize("kind", ["s3", "web"])
+def test_a_checkpoint_in_hearths_form_comes_back_as_it_was_exported(
+    opens: Opens, s3: S3Server, repository: Path, tmp_path: Path, kind: str
+) -> None:
+    make_source(tmp_path / "source", LARGE)
+    first, second = SsdTier(tmp_path / "first"), SsdTier(tmp_path / "second")
+    with an_importer(first, chunk_bytes=CHUNK_BYTES) as importer:
+        stored = importer.run(Source(url=str(tmp_path / "source")), progressed=lambda done, total: None).stored
+    for path in Path(stored.directory).iterdir():
+        (repository / path.name).write_bytes(path.read_bytes())
+    weights = sum((repository / path.name).stat().st_size for path in repository.glob("*.safetensors"))
+    # Every second connection is cut at half of its range, and servers of object stores have weak moments.
+    cuts = [Fault("cut", key=".safetensors", fraction=0.5, skip=2 * number) for number in range(3)]
+    s3.fail(*cuts, Fault("status", times=2, key=".safetensors"))
+    with an_importer(second, open_tree=opens, chunk_bytes=CHUNK_BYTES) as importer:
+        outcome = importer.run(Source(url=url_of(kind, s3)), progressed=lambda done, total: None)
+    assert outcome.stored.id == stored.id
+    assert outcome.remote_bytes >= weights
+    for path in Path(stored.directory).iterdir():
+        if path.name != "hearth.json":
+            assert (Path(outcome.stored.directory) / path.name).read_bytes() == path.read_bytes()
+    slack = len(cuts) * 256 * 1024 + 2 * 64 * 1024
+    assert s3.sent_bytes(".safetensors") <= weights + slack, "what was in flight, and nothing more, was sent twice"
