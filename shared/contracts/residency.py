@@ -299,6 +299,6 @@ class LoadProgress(msgspec.Struct, frozen=True, kw_only=True, tag="load_progress
 __all__ = [
     "FAILED_TURN", "LIST_LIMIT", "Acquire", "Arrival", "Checkpoint", "CheckpointList", "Consumed", "Done", "Evict",
     "Export", "Extent", "Failure", "HeldCheckpoint", "Import", "Imported", "Inspect", "Inspected", "Lease",
-    "ListCheckpoints", "LoadProgress", "Pin", "Prefetch", "Progress", "Release", "Renew", "Renewed", "Source", "Verified", "Verify",
-    "arrival_word",
+    "ListCheckpoints", "LoadProgress", "Pin", "Prefetch", "Progress", "Release", "Renew", "Renewed", "Source",
+    "Verified", "Verify", "arrival_word",
 ]  # fmt: skip
