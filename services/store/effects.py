@@ -160,8 +160,10 @@ class Effects:
             async with self._means.peers.watching():
                 outcome = await self._on(self._jobs, run)
         except FetchInterrupted as error:
+            self._means.disk.fail(action.extents, action.tag)
             return e.ImportFailed(source, error.failure, kept=error.kept)
         except HearthError as error:
+            self._means.disk.fail(action.extents, action.tag)
             return e.ImportFailed(source, error.failure)
         IMPORT_SECONDS.observe(outcome.seconds)
         IMPORT_BYTES.labels("source").inc(outcome.remote_bytes)
@@ -197,6 +199,7 @@ class Effects:
         try:
             report = await self._on(self._jobs, read)
         except HearthError as error:
+            self._means.disk.fail(action.extents, action.tag)  # the job may not even have begun
             return e.ReadFailed(action.job, error.failure)
         READ_SECONDS.observe(report.seconds)
         READ_BYTES.inc(action.stored.image_bytes)

@@ -11,12 +11,14 @@ import mmap
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import Final
 
 import xxhash
 
 from services.store.chunk_queue import ChunkQueue, ChunkSink, Job, Report, Task
 from services.store.pool import Pool
+from shared.contracts.residency import Extent
 from shared.errors import Code, Failure, HearthError
 
 _REPAIRABLE: Final = (Code.CHECKPOINT_CORRUPT, Code.CHECKPOINT_UNAVAILABLE)
@@ -103,6 +105,11 @@ class Mover:
         with self._condition:
             self._queue.stop(key)
             self._wake(key)
+
+    def fail(self, extents: Sequence[Extent], tag: int) -> None:
+        """Say on the board that nothing (more) comes into these extents: for what failed before or after its job."""
+        if self._pool is not None:
+            self._pool.fail(extents, tag)
 
     def close(self) -> None:
         """End all jobs when the chunks under way are through (`run` raises draining), and the threads."""

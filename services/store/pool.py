@@ -21,7 +21,7 @@ from typing import Final
 
 from services.store.pool_state import PoolState, decode_state, encode_state
 from shared.contracts.manifest import padded_bytes
-from shared.contracts.residency import Extent
+from shared.contracts.residency import FAILED_TURN, Extent, arrival_word
 from shared.errors import Code, HearthError
 
 STATE_SUFFIX: Final = ".state"
@@ -155,6 +155,11 @@ class Pool:
         """Let the board say "not yet" for every chunk of these extents."""
         for chunk in self._chunks(extents):
             self._board[chunk] = 0
+
+    def fail(self, extents: Iterable[Extent], tag: int) -> None:
+        """Let the board say that what load `tag` was to bring into these extents will not come."""
+        for chunk in self._chunks(extents):
+            self._board[chunk] = arrival_word(tag, FAILED_TURN)
 
     def announce(self, chunk: int, word: int) -> None:
         """Let the board say `word` for a chunk. One aligned store of 8 bytes: a reader sees the old word or the new."""

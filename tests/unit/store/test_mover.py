@@ -271,6 +271,16 @@ def test_a_bug_of_ours_is_raised_to_the_top_and_nobody_waits_for_ever(
     assert printed, "the thread's end is seen on stderr"
 
 
+def test_who_waits_for_bytes_that_failed_before_their_job_began_is_told(pool: Pool, mover: Mover) -> None:
+    mover.run(job(Origin()))
+    mover.fail(EXTENTS, 5)
+    assert words(pool) == [arrival_word(5, FAILED_TURN)] * CHUNKS
+    assert pool.word(0) == 0, "nobody else is"
+    alone = Mover(None, threads=1, name="test")
+    alone.fail(EXTENTS, 5)
+    alone.close()
+
+
 # -- order
 
 
