@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import obstore
+from obstore import exceptions
 
 from services.store.objects import object_errors
 from services.store.sources import redact
@@ -47,6 +48,9 @@ class ObjectWriter:
         self._stop = threading.Event()
         self._manifest: bytes | None = None
         with object_errors(self._named(MANIFEST_NAME)), contextlib.suppress(FileNotFoundError):
+            # Looked for first: not every server has the bulk request that deleting is made with.
+            with contextlib.suppress(exceptions.PermissionDeniedError):  # what may be written need not be readable
+                obstore.head(store, MANIFEST_NAME)
             obstore.delete(store, MANIFEST_NAME)
 
     def put(self, name: str, data: Path | bytes) -> None:

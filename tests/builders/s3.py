@@ -9,6 +9,7 @@ web server with ranges at the same time.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import datetime
 import hashlib
@@ -106,6 +107,14 @@ def _etag(status: os.stat_result) -> str:
     return f"{status.st_mtime_ns:x}-{status.st_size:x}"  # as web.FileResponse has it
 
 
+def _range(request: web.Request) -> slice:
+    azure = request.headers.get("x-ms-range")
+    if azure is None:
+        return request.http_range
+    first, _, last = azure.removeprefix("bytes=").partition("-")
+    return slice(int(first), int(last) + 1 if last else None)
+
+
 def _is(path: Path, kind: Callable[[int], bool]) -> bool:
     try:
         return kind(os.stat(path).st_mode)
@@ -147,9 +156,11 @@ async def _answer(request: web.Request, state: State, bucket: Path, key: str, en
     if not _is(bucket, stat.S_ISDIR):
         return _error(404, "NoSuchBucket")
     if not key:
-        if request.method == "GET" and "list-type" in query:
+        if request.method == "GET" and ("list-type" in query or query.get("comp") == "list"):
             fault = state.take("status", "?list", 0)
-            return _error(fault.status, "InternalError") if fault else _list(bucket, query)
+            if fault:
+                return _error(fault.status, "InternalError")
+            return _list(bucket, query) if "list-type" in query else _azure_list(bucket, query)
         if request.method == "POST" and "delete" in query:
             return _delete_many(bucket, await request.read())
         return _error(400, "InvalidRequest")
@@ -170,6 +181,8 @@ async def _answer(request: web.Request, state: State, bucket: Path, key: str, en
         fault = state.take("status", f"PUT {key}", 0)
         if fault is not None:
             return _error(fault.status, "InternalError")
+        if "comp" in query:
+            return await _azure_put(request, state, path, entry)
         number = query.get("partNumber")
         target = path if number is None else state.uploads[query["uploadId"]] / f"{int(number):06}"
         return await _put(request, target, entry)
@@ -216,7 +229,7 @@ async def _put(request: web.Request, path: Path, entry: Served) -> web.Response:
 
 async def _get(request: web.Request, state: State, path: Path, entry: Served) -> web.StreamResponse:
     key = entry.key
-    asked = request.http_range
+    asked = _range(request)
     size = os.stat(path).st_size
     start = asked.start or 0
     end = min(size, asked.stop if asked.stop is not None else size)
@@ -275,6 +288,33 @@ async def _get(request: web.Request, state: State, path: Path, entry: Served) ->
             await asyncio.sleep(0.001)
         request.transport.close()
     return response
+
+
+async def _azure_put(request: web.Request, state: State, path: Path, entry: Served) -> web.Response:
+    """Azure's way to put in parts: blocks by their ids, then the list of ids."""
+    parts = state.root / ".uploads" / hashlib.sha256(str(path).encode()).hexdigest()
+    parts.mkdir(parents=True, exist_ok=True)
+    if request.query["comp"] == "block":
+        await _put(request, parts / request.query["blockid"].encode().hex(), entry)
+        return web.Response(status=201)
+    wanted = [found.text or "" for found in ElementTree.fromstring(await request.read())]
+    for number, block in enumerate(wanted):
+        (parts / block.encode().hex()).rename(parts / f"{number:06}")
+    await asyncio.get_running_loop().run_in_executor(None, _join, parts, path)
+    return web.Response(status=201, headers={"ETag": f'"{_etag(os.stat(path))}"'})
+
+
+def _azure_list(container: Path, query: Any) -> web.Response:
+    blobs = []
+    for path in sorted(one for one in container.rglob("*") if one.is_file()):
+        key, status = path.relative_to(container).as_posix(), path.stat()
+        if key.startswith(query.get("prefix", "")):
+            blobs.append(
+                f"<Blob><Name>{escape(key)}</Name><Properties><Content-Length>{status.st_size}</Content-Length>"
+                f"<Last-Modified>{formatdate(status.st_mtime, usegmt=True)}</Last-Modified><Etag>{_etag(status)}</Etag>"
+                "<Content-Type>application/octet-stream</Content-Type><ResourceType>file</ResourceType></Properties></Blob>"
+            )
+    return _xml(f"<EnumerationResults><Blobs>{''.join(blobs)}</Blobs><NextMarker /></EnumerationResults>")
 
 
 def _list(bucket: Path, query: Any) -> web.Response:
@@ -392,6 +432,18 @@ class S3Server:
             "region": "us-east-1",
             "client_options": {"allow_http": True},
         }
+
+    @property
+    def google_options(self) -> dict[str, Any]:
+        """The same for gs:// urls: Google's XML interface is S3's in all that matters here."""
+        return {"base_url": self.endpoint, "bearer_token": SECRET_KEY, "client_options": {"allow_http": True}}
+
+    @property
+    def azure_options(self) -> dict[str, Any]:
+        """The same for az:// urls; a bucket is a container."""
+        key = base64.b64encode(SECRET_KEY.encode()).decode()
+        table = {"account_name": "hearth", "account_key": key, "endpoint": self.endpoint}
+        return {**table, "client_options": {"allow_http": True}}
 
     def bucket(self, name: str = "models") -> Path:
         """The directory that is a bucket, made if it is missing."""

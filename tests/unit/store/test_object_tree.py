@@ -230,10 +230,10 @@ def test_an_object_that_changes_while_a_cut_range_is_resumed_is_never_mixed(
 
 
 def test_a_silent_server_is_given_up_on_and_asked_again(s3: S3Server, bucket: Path) -> None:
-    source = tree(s3, client_options={"allow_http": True, "read_timeout": "300ms"})
+    source = tree(s3, client_options={"allow_http": True, "read_timeout": "1s"})
     s3.fail(Fault("stall", key="model.safetensors", after_bytes=MIB, seconds=30))
     assert read(source) == CONTENT
-    assert len(s3.served("GET", "model.safetensors")) == 2
+    assert len(s3.served("GET", "model.safetensors")) >= 2
 
 
 def test_closing_ends_what_runs(s3: S3Server, bucket: Path) -> None:
@@ -285,6 +285,30 @@ def test_without_credentials_or_files_there_is_no_tree(s3: S3Server, bucket: Pat
     with pytest.raises(HearthError, match="there is no option 'secret_access_kee'") as refused:
         ObjectTree("s3://models/llama", options(s3, secret_access_kee=SECRET_KEY))
     assert SECRET_KEY not in refused.value.failure.message
+
+
+@pytest.mark.parametrize("scheme", ["gs", "az"])
+def test_other_object_stores(s3: S3Server, bucket: Path, tmp_path: Path, scheme: str) -> None:
+    table = s3.google_options if scheme == "gs" else s3.azure_options
+    config = decode_remote_config(json.dumps({f"{scheme}://": table}).encode())
+    source = ObjectTree(f"{scheme}://models/llama", config.options(f"{scheme}://models/llama"))
+    assert dict(source.files) == {"config.json": 2, "model.safetensors": SIZE}
+    s3.fail(Fault("cut", key="safetensors", fraction=0.5), Fault("status", key="safetensors"))
+    assert read(source) == CONTENT
+    assert s3.sent_bytes("safetensors") <= SIZE + 64 * 1024
+    s3.fail(Fault("change", key="safetensors"))
+    assert "changed" in refusal(source, offset=5, length=10).failure.message
+    url = f"{scheme}://models/out-{scheme}"
+    writer = ObjectWriter(url, open_store(url, config.options(url), connections=4, uploading=True))
+    writer.put("weights", bytes(PART_BYTES) + CONTENT)
+    writer.put("hearth.json", b"{}")
+    writer.finish()
+    home = bucket / f"out-{scheme}"
+    assert (home / "weights").read_bytes() == bytes(PART_BYTES) + CONTENT
+    assert sorted(os.listdir(home)) == ["hearth.json", "weights"]
+    with pytest.raises(HearthError) as refused:
+        ObjectTree(f"{scheme}://nobucket/a", config.options(f"{scheme}://nobucket/a"))
+    assert refused.value.failure.code is Code.NOT_FOUND
 
 
 # --------------------------------------------------------------------------------------------------------- web servers
