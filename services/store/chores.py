@@ -162,6 +162,13 @@ class Chores:
             if not chore.begun and not chore.wants:
                 self._forget(chore)
 
+    def drain(self) -> None:
+        """No scrub is awaited any more."""
+        for chore in self.verifications.values():
+            for _, reply in chore.evictions:
+                self._tiers.out.answer(reply, self._tiers.draining_failure())
+            chore.evictions = []
+
     def deadline(self) -> float | None:
         """When the next scrub is due; not while it would have to wait for something else anyway."""
         if self._tiers.draining or not self._due or self._due[0][0] <= self._tiers.out.now:

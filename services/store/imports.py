@@ -137,16 +137,16 @@ class Imports:
             self._forget(job)
             return
         ssd = self._tiers.ssd
+        job.revision, job.checkpoint_id = event.revision, event.checkpoint_id
         known = ssd.of_source(event.source, event.revision) or event.checkpoint_id
         if known in ssd.whole and not ssd.whole[known].condemned:
-            self._finish(job, known)
+            self._finish(job, known, moved=False)
             return
         failure = self.too_large(event.peak_bytes) or self._make_room(event.checkpoint_id, event.peak_bytes)
         if failure is not None:
             self._fail(job, failure)
             return
         job.state = PLANNED
-        job.revision, job.checkpoint_id = event.revision, event.checkpoint_id
         job.image_bytes = job.total_bytes = event.image_bytes
         job.peak_bytes, job.arrived_bytes = event.peak_bytes, event.arrived_bytes
         # Better to hear it now than after the import.
@@ -168,7 +168,7 @@ class Imports:
         there = ssd.whole.get(job.checkpoint_id)
         if there is not None:
             if not there.condemned:  # else it is on its way into quarantine
-                self._finish(job, job.checkpoint_id)
+                self._finish(job, job.checkpoint_id, moved=False)
             return
         failure = self._make_room(job.checkpoint_id, job.peak_bytes)
         if failure is not None:
@@ -193,7 +193,8 @@ class Imports:
     def _chunks(self, job: ImportJob) -> tuple[Extent, ...]:
         """Chunks of the pool, when somebody waits for it there and there is room."""
         tiers = self._tiers
-        if not any(want.in_dram for want in job.wants.values()) or job.checkpoint_id in tiers.dram.copies:
+        wanted = job.image_bytes > 0 and any(want.in_dram for want in job.wants.values())
+        if not wanted or job.checkpoint_id in tiers.dram.copies:
             return ()
         extents = self._room.in_dram(job.image_bytes)
         if isinstance(extents, Failure):
@@ -282,7 +283,7 @@ class Imports:
         if event.in_dram:
             self._copy_arrived(job, on.stored)
         self._drop_chunks(job)
-        self._finish(job, id)
+        self._finish(job, id, moved=True)
 
     def _copy_arrived(self, job: ImportJob, stored: StoredCheckpoint) -> None:
         """All of it is verified in the import's chunks, too."""
@@ -304,7 +305,7 @@ class Imports:
         if load is not None:
             self._loads.complete(load, copy, 0.0)
 
-    def _finish(self, job: ImportJob, id: str) -> None:
+    def _finish(self, job: ImportJob, id: str, *, moved: bool) -> None:
         """The source is in the SSD tier as `id`: answer those who wait for that, send on those who want it in DRAM."""
         del self.jobs[job.source]
         tiers = self._tiers
@@ -322,6 +323,8 @@ class Imports:
                 self._wants.fail(want, failure)
                 continue
             want.checkpoint_id = id
+            if not moved:
+                want.found = "ssd"
             copy = tiers.dram.copies.get(id)
             if is_import(want):
                 self._wants.imported(want)
@@ -351,7 +354,11 @@ class Imports:
     def _fail(self, job: ImportJob, failure: Failure) -> None:
         self._drop_chunks(job)
         for want in list(job.wants.values()):
-            self._wants.fail(want, self._explained(want.checkpoint_id, failure))
+            there = self._tiers.ssd.whole.get(want.checkpoint_id)
+            if there is not None and want.in_dram:  # it has come from elsewhere meanwhile
+                self._loads.want(want, there)
+            else:
+                self._wants.fail(want, self._explained(want.checkpoint_id, failure))
         facts: Facts = {"source": job.source.url, "code": failure.code.value, "message": failure.message}
         self._tiers.out.note("checkpoint.refused", facts)
         self._forget(job)

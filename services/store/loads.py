@@ -69,8 +69,11 @@ class Loads:
 
     def want(self, want: Want, on: OnSsd) -> None:
         """Somebody wants a checkpoint of the SSD tier in DRAM."""
-        stored = on.stored
-        if on.condemned:
+        stored, copy = on.stored, self._tiers.dram.copies.get(on.stored.id)
+        if copy is not None and copy.work is not None and not isinstance(copy.work, Load):
+            self.join(want, copy.work)  # an import brings it there
+            self.arriving(want)
+        elif on.condemned:
             failure = Failure(code=Code.CHECKPOINT_CORRUPT, message=f"Checkpoint {stored.id}: {on.condemned}")
             self._wants.fail(want, failure)
         elif stored.image_bytes <= self._tiers.pool_bytes:
@@ -165,7 +168,8 @@ class Loads:
 
     def user_waits(self) -> bool:
         """Whether a user's load is queued or reads."""
-        return bool(self._windows) or any(load.priority == PRIORITY_USER for load in self.images.values())
+        streams = any(stream.running for stream in self._tiers.dram.streams.values())
+        return streams or bool(self._windows) or any(load.priority == PRIORITY_USER for load in self.images.values())
 
     def start(self) -> None:
         """Begin what may begin now."""

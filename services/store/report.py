@@ -69,7 +69,8 @@ class Report:
 
     def listing(self, asked: ListCheckpoints) -> CheckpointList:
         """The part that was asked for of what is held, the one that would be evicted last first."""
-        ssd, found = self._tiers.ssd, []
+        ssd = self._tiers.ssd
+        found: dict[str, tuple[bool, float, int, StoredCheckpoint, int | None]] = {}
         shelves: tuple[tuple[Shelf, dict[str, OnSsd]], ...] = (
             ("whole", ssd.whole),
             ("partial", ssd.partial),
@@ -77,25 +78,24 @@ class Report:
         )
         for shelf, held in shelves:
             for id, on in held.items():
-                if shelf == "whole" or id not in ssd.whole:
+                if id not in found:
                     candidate = self._room.ssd_candidate(id, on, shelf)
                     stays = id in self._tiers.pins or self._tiers.leases.of_checkpoint(id) > 0
-                    found.append((stays, keep_value(candidate), candidate.recency, self._held(id, on.stored)))
+                    found[id] = (stays, keep_value(candidate), candidate.recency, on.stored, on.stored.arrived_bytes)
         for job in self._imports.jobs.values():
-            if job.partial is not None and job.partial.id not in ssd.whole:
-                found.append((True, 0.0, 0, self._held(job.partial.id, job.partial, arrived_bytes=job.done_bytes)))
-            elif job.copy is not None:
-                found.append((True, 0.0, 0, self._held(job.copy.id, job.copy.stored, arrived_bytes=job.done_bytes)))
-        found.sort(key=lambda item: item[:3], reverse=True)
+            arriving = job.partial or (job.copy.stored if job.copy is not None else None)
+            if arriving is not None and arriving.id not in ssd.whole:
+                found[arriving.id] = (True, 0.0, 0, arriving, job.done_bytes)
+        order = sorted(found.values(), key=lambda item: item[:3], reverse=True)
         first = max(0, asked.first)
-        part = found[first : first + min(max(1, asked.limit), LIST_LIMIT)]
-        return CheckpointList(checkpoints=tuple(one for *_, one in part), total=len(found))
+        part = order[first : first + min(max(1, asked.limit), LIST_LIMIT)]
+        held_now = tuple(self._held(stored, arrived_bytes) for *_, stored, arrived_bytes in part)
+        return CheckpointList(checkpoints=held_now, total=len(order))
 
-    def _held(self, id: str, stored: StoredCheckpoint, *, arrived_bytes: int | None = None) -> HeldCheckpoint:
-        tiers, now = self._tiers, self._tiers.out.now
+    def _held(self, stored: StoredCheckpoint, arrived: int | None) -> HeldCheckpoint:
+        tiers, now, id = self._tiers, self._tiers.out.now, stored.id
         copy = tiers.dram.copies.get(id)
         used_at = tiers.uses.last(id)
-        arrived = stored.arrived_bytes if arrived_bytes is None else arrived_bytes
         return HeldCheckpoint(
             checkpoint=stored.checkpoint,
             image_bytes=stored.image_bytes,

@@ -259,6 +259,7 @@ class Residency:
             case DrainAsked():
                 self._tiers.draining = True
                 self._wants.drain()
+                chores.drain()
             case _:
                 assert_never(event)
 

@@ -133,7 +133,7 @@ class Wants:
                 "import_s": want.import_s,
                 "read_s": want.read_s,
                 "remote_bytes": want.remote_bytes,
-                "ssd_bytes": stored.image_bytes,
+                "ssd_bytes": stored.image_bytes if want.found == "ssd" or want.read_s else 0,
             }
         lease = Lease(
             lease_id=tiers.leases.new_id(),
