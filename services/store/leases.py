@@ -14,6 +14,7 @@ from services.store.pool_state import LeaseState
 from shared.contracts.residency import Lease, Release, Renew, Renewed
 
 TTL_LIMIT_S: Final = 3600.0
+EXPIRIES_SPARE: Final = 1024  # entries of leases that have ended, before they are thrown out all at once
 
 
 @dataclass(slots=True, eq=False)
@@ -64,6 +65,9 @@ class Leases:
         if kept_for is not None:
             self._kept[kept_for] = lease.lease_id
         heapq.heappush(self._expiries, (expires_at, lease.lease_id))
+        if len(self._expiries) > 2 * len(self.alive) + EXPIRIES_SPARE:
+            self._expiries = [(held.expires_at, lease_id) for lease_id, held in self.alive.items()]
+            heapq.heapify(self._expiries)
         self._changed()
 
     def take_kept(self, caller: Hashable, ttl_s: float) -> Lease | None:

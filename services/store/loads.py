@@ -157,10 +157,10 @@ class Loads:
     # -- order ---------------------------------------------------------------------------------------------------
 
     def queued(self) -> list[Load]:
-        """What has not begun, in order. A window is worth nothing to a caller that is between two polls."""
-        images = (load for load in self.images.values() if not load.begun)
-        windows = (load for load in self._windows.values() if any(want.waiters for want in load.wants.values()))
-        return sorted((*images, *windows), key=lambda load: load.rank)
+        """What has not begun. A window is worth nothing to a caller that is between two polls."""
+        images = [load for load in self.images.values() if not load.begun]
+        windows = [load for load in self._windows.values() if any(want.waiters for want in load.wants.values())]
+        return images + windows
 
     def running(self) -> list[Load]:
         """What reads whole images now."""
@@ -175,7 +175,7 @@ class Loads:
         """Begin what may begin now."""
         self._queue_pinned()
         while len(self._reading) < len(self.images) or self._windows:
-            load = next(iter(self.queued()), None)
+            load = min(self.queued(), key=lambda load: load.rank, default=None)
             if load is None or any(other.priority <= load.priority for other in self._reading.values()):
                 return
             if not (self._start_windows(load) if load.streams else self._start_image(load)):
