@@ -178,8 +178,8 @@ SERVICES: Final[dict[str, type[CommonSettings]]] = {
 
 # Read by the command line (`services/cli`), so that `hearth up` in the same shell is no start-up error of a service.
 CLI_VARIABLES: Final[dict[str, str]] = {
-    "HEARTH_URL": "the gateway that `hearth deploy|ps|delete|chat` talk to; default http://127.0.0.1:8080",
-    "HEARTH_API_KEY": "the key that `hearth deploy|ps|delete|chat` present",
+    "HEARTH_URL": "the gateway that `hearth deploy|ps|delete|chat|store` talk to; default http://127.0.0.1:8080",
+    "HEARTH_API_KEY": "the key that `hearth deploy|ps|delete|chat|store` present",
     "HEARTH_DATA_DIR": "where `hearth up` keeps its data; default .hearth",
 }
 
