@@ -8,7 +8,7 @@ import string
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from services.store.sources import (
@@ -210,6 +210,7 @@ _PATTERNS = ("/models/*", "s3://bucket/prefix/*", "https://host/models/*", "http
 _TEXTS = st.one_of(st.lists(_PIECES, max_size=12).map("".join), st.text(max_size=40))
 
 
+@settings(deadline=None)
 @given(start=st.sampled_from([*(p[:-1] for p in _PATTERNS), "", "/", "s3://", "https://"]), rest=_TEXTS)
 @example(start="/models/", rest="../etc")
 @example(start="https://host/models/", rest="%2e%2e/secret")
@@ -246,6 +247,7 @@ def test_nothing_escapes_from_a_pattern(start: str, rest: str) -> None:
         assert parts.netloc == "bucket" and parts.path.startswith("/prefix/")
 
 
+@settings(deadline=None)
 @given(text=st.text(alphabet=string.printable + "\0é…", max_size=60))
 def test_redacting_never_fails_and_never_shows_what_stands_before_an_at_sign(text: str) -> None:
     assert "s3cr3t" not in redact(f"https://user:s3cr3t-{text}@host/a")
