@@ -156,15 +156,15 @@ class Effects:
             opened=lambda stored: post(e.ImportOpened(source, stored)),
             progressed=progressed,
         )
-        try:
-            async with self._means.peers.watching():
+        async with self._means.peers.watching():  # what is raised through it comes out as a group: so nothing is
+            try:
                 outcome = await self._on(self._jobs, run)
-        except FetchInterrupted as error:
-            self._means.disk.fail(action.extents, action.tag)
-            return e.ImportFailed(source, error.failure, kept=error.kept)
-        except HearthError as error:
-            self._means.disk.fail(action.extents, action.tag)
-            return e.ImportFailed(source, error.failure)
+            except FetchInterrupted as error:
+                self._means.disk.fail(action.extents, action.tag)
+                return e.ImportFailed(source, error.failure, kept=error.kept)
+            except HearthError as error:
+                self._means.disk.fail(action.extents, action.tag)
+                return e.ImportFailed(source, error.failure)
         IMPORT_SECONDS.observe(outcome.seconds)
         IMPORT_BYTES.labels("source").inc(outcome.remote_bytes)
         IMPORT_BYTES.labels("peer").inc(outcome.peer_bytes)
