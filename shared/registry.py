@@ -5,6 +5,7 @@ Each record has exactly one writer; all but deployments vanish when their writer
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, Final, TypeVar, cast
@@ -125,7 +126,17 @@ class Registry:
 
 @contextlib.contextmanager
 def _redis_errors() -> Iterator[None]:
+    task = asyncio.current_task()
+    cancelled_before = task.cancelling() if task else 0
     try:
         yield
     except (RedisError, OSError) as error:
+        _heed_cancellation(task, cancelled_before)
         raise HearthError(Code.UNAVAILABLE, "The registry (Redis) does not answer.") from error
+    _heed_cancellation(task, cancelled_before)
+
+
+def _heed_cancellation(task: asyncio.Task[Any] | None, cancelled_before: int) -> None:
+    """The client loses a cancellation that comes in the moment of its answer; the task would then never end."""
+    if task is not None and task.cancelling() > cancelled_before:
+        raise asyncio.CancelledError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
@@ -46,24 +47,26 @@ class PeerDirectory:
             if record.server_id != self._server_id and record.peer_url and record.phase is Phase.READY
         )
 
-    async def run(self) -> None:
+    async def run(self, stopping: asyncio.Event) -> None:
         """Look now and then, so that a chunk that must be repaired finds somebody to ask."""
-        while True:
-            await self.look()
-            await asyncio.sleep(SELDOM_S)
+        await self._watch(stopping, SELDOM_S)
 
     @asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
         """Look now and again and again until the block ends."""
         await self.look()
+        over = asyncio.Event()
         async with asyncio.TaskGroup() as tasks:
-            watch = tasks.create_task(self._watch(), name="peers")
+            tasks.create_task(self._watch(over, LOOK_S), name="peers")
             try:
                 yield
             finally:
-                watch.cancel()
+                over.set()
 
-    async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(LOOK_S)
+    async def _watch(self, over: asyncio.Event, pause_s: float) -> None:
+        # Told to end rather than cancelled: a client of Redis may lose a cancellation that comes while it waits.
+        while not over.is_set():
             await self.look()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await over.wait()

@@ -62,7 +62,7 @@ class StoreService:
         """Run the core and answer calls; when it returns, calls arrive."""
         context, bus, ids = self._context, self._context.bus, {"server_id": self._context.settings.server_id}
         context.tasks.create_task(self._driver.run(), name="driver")
-        context.tasks.create_task(self._peers.run(), name="peers")
+        context.tasks.create_task(self._peers.run(context.stopping), name="peers")
         self._heartbeat = context.heartbeat(self._record)
         post = self._driver.post
         bus.on_disconnect(lambda: post(e.BusLost()))

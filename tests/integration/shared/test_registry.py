@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import pytest
 
@@ -11,6 +12,7 @@ from shared.contracts.records import (
     DeploymentSpec,
     DeploymentState,
     Phase,
+    ServerRecord,
     WorkerRecord,
 )
 from shared.contracts.residency import Source
@@ -61,3 +63,24 @@ async def test_without_redis_the_error_says_so() -> None:
         with pytest.raises(HearthError) as caught:
             await registry.ping()
     assert caught.value.failure.code is Code.UNAVAILABLE
+
+
+async def test_a_cancellation_that_the_client_loses_ends_the_task_all_the_same(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def swallows(*args: object, **options: object) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+
+    monkeypatch.setattr(registry._client, "get", swallows)
+
+    async def looks_for_ever() -> None:
+        while True:
+            await registry.get(ServerRecord, "s1")
+
+    async with asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(looks_for_ever())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        task.cancel()
+    assert task.cancelled()
