@@ -72,7 +72,7 @@ async def test_a_cancellation_that_the_client_loses_ends_the_task_all_the_same(
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.sleep(60)
 
-    monkeypatch.setattr(registry._client, "get", swallows)
+    monkeypatch.setattr(registry._redis, "get", swallows)
 
     async def looks_for_ever() -> None:
         while True:
