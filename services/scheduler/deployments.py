@@ -45,6 +45,8 @@ UNREACHABLE: Final = frozenset({Code.UNAVAILABLE, Code.DRAINING, Code.DEADLINE_E
 TRIES: Final = 5
 OUTCOME_S: Final = 60.0  # an operator who was between two polls hears of the outcome for this long
 DTYPES: Final = (None, "float32", "bfloat16", "float16")
+# What a store can open; whether it may is the store's to say.
+SOURCES: Final = ("/", "hf:", "s3://", "gs://", "az://", "https://", "http://", "file:///")
 MOST_REPLICAS: Final = 10_000
 MOST_WAIT_S: Final = 60.0
 
@@ -74,8 +76,8 @@ def validate(spec: DeploymentSpec) -> Failure | None:
     except HearthError as error:
         return error.failure
     faults = (
-        (spec.source.url.startswith("/") or spec.source.url.startswith("hf:"), "source",
-         "The source must be an absolute directory or hf:ORG/NAME."),
+        (spec.source.url.startswith(SOURCES), "source",
+         "The source must be an absolute directory, hf:ORG/NAME, or a url of s3://, gs://, az://, https:// or http://."),
         (spec.source.dtype in DTYPES, "dtype", "The dtype must be float32, bfloat16 or float16."),
         (0 <= spec.min_replicas <= MOST_REPLICAS, "min_replicas", f"min_replicas must be 0 to {MOST_REPLICAS}."),
         (1 <= spec.max_replicas <= MOST_REPLICAS, "max_replicas", f"max_replicas must be 1 to {MOST_REPLICAS}."),

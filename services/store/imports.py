@@ -27,6 +27,7 @@ from services.store.events import (
 from services.store.holdings import Copy, total_bytes
 from services.store.loads import Loads
 from services.store.room import Room
+from services.store.sources import redact
 from services.store.tiers import Tiers
 from services.store.wants import Wants, is_import
 from services.store.work import Want, Work
@@ -359,7 +360,7 @@ class Imports:
                 self._loads.want(want, there)
             else:
                 self._wants.fail(want, self._explained(want.checkpoint_id, failure))
-        facts: Facts = {"source": job.source.url, "code": failure.code.value, "message": failure.message}
+        facts: Facts = {"source": redact(job.source.url), "code": failure.code.value, "message": failure.message}
         self._tiers.out.note("checkpoint.refused", facts)
         self._forget(job)
 
