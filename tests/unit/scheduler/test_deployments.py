@@ -423,12 +423,21 @@ def test_a_record_that_the_registry_has_lost_is_written_again(desk: Desk) -> Non
         ({"max_context_tokens": 0}, "max_context_tokens"),
         ({"queue_limit": 0}, "queue_limit"),
         ({"url": "relative/path"}, "source"),
+        ({"url": "ftp://host/path"}, "source"),
+        ({"url": "file://other/path"}, "source"),
     ],
 )
 def test_bad_specs_are_refused_with_the_field(fields: dict[str, object], param: str) -> None:
     failure = validate(picture.spec(**fields))  # type: ignore[arg-type]
     assert failure is not None
     assert (failure.code, failure.param) == (Code.INVALID_REQUEST, param)
+
+
+@pytest.mark.parametrize(
+    "url", ["/models/m", "hf:org/name", "s3://b/m", "gs://b/m", "az://c/m", "https://h/m", "http://h/m", "file:///m"]
+)
+def test_a_source_of_any_kind_that_stores_open_is_taken(url: str) -> None:
+    assert validate(picture.spec("m", url=url)) is None
 
 
 def test_the_revision_depends_on_what_replicas_depend_on() -> None:
