@@ -201,7 +201,10 @@ _IN_LAYER: Final = (
 
 
 def _execution_key(name: str) -> tuple[int, int, int, tuple[int | str, ...]]:
-    natural = tuple(int(part) if index % 2 else part for index, part in enumerate(_NUMBER.split(name)))
+    # A feed-forward network that counts its matrices runs 1 and 3 (gate and up) before 2 (down); side by side the two
+    # are one matrix to a worker.
+    in_time = name.replace(".w2.", ".w4.")
+    natural = tuple(int(part) if index % 2 else part for index, part in enumerate(_NUMBER.split(in_time)))
     layer = _LAYER.search(name)
     if layer is not None:
         rest = name[layer.end() :]

@@ -24,6 +24,7 @@ from typing import Any, Final
 import torch
 from torch.utils._device import DeviceContext
 
+from services.worker.attach_names import renamed
 from services.worker.engine import FOREIGN_ERRORS
 from services.worker.loader_memory import Image, Mappings
 from services.worker.loader_transfer import in_memory
@@ -232,14 +233,15 @@ def fill(
     for alias, name in files.manifest.tied.items():
         if name in views:
             views.setdefault(alias, views[name])
+    if not views.keys() <= parts.slots.keys():
+        views = renamed(model, views, frozenset(parts.slots)) or views
     for target, source in dict(getattr(model, "all_tied_weights_keys", None) or {}).items():
         for one, other in ((target, source), (source, target)):
             if one not in views and other in views:
                 views[one] = views[other]
     superfluous = views.keys() - parts.slots.keys()
     if parts.slots.keys() - views.keys() or not all(_ignored(model, name) for name in superfluous):
-        # Names or layouts of another version of this architecture: transformers' own loading converts them, with
-        # copies.
+        # A layout of another version of this architecture: transformers' own loading converts it, with copies.
         wait()
         model = _convert(files, views, device)
         model.requires_grad_(False)
