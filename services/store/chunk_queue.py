@@ -14,6 +14,7 @@ from services.store.ports import ChunkOrigin
 from shared.contracts.residency import FAILED_TURN, Extent, arrival_word
 from shared.errors import Code, Failure, HearthError
 
+PICK_AGAIN_S: Final = 0.02
 ORDERS_LIMIT: Final = 256  # jobs that orders are remembered for before they begin
 
 
@@ -43,7 +44,8 @@ class Job:
       or returns False. `rewrite(index, view)` then puts it where the corrupt one was.
     * `bytes_per_s` bounds the rate (0: nothing does). `progressed` hears the bytes done, on the mover's threads.
     * `pick(left)` chooses the next of the chunks that are left (the last of `left` is the first of the image); without
-      it, and in a window, they go in order. It is called with the mover's lock held.
+      it, and in a window, they go in order. None: none just now, ask again in a moment. It is called with the mover's
+      lock held.
     * `skip`: chunks that need not move. They are taken to be there, and are not announced.
     """
 
@@ -62,7 +64,7 @@ class Job:
     rewrite: Callable[[int, memoryview], None] | None = None
     bytes_per_s: int = 0
     progressed: Callable[[int], None] = _nothing
-    pick: Callable[[Sequence[int]], int] | None = None
+    pick: Callable[[Sequence[int]], int | None] | None = None
     skip: frozenset[int] = frozenset()
 
 
@@ -275,7 +277,9 @@ class ChunkQueue:
         """The chunk that shall be moved now, or None: there is none, or all must wait."""
         for running in sorted(self._running.values(), key=lambda one: (one.priority, one.arrival)):
             if running.chunks and running.ready_at <= now and self._has_room(running):
-                return self._take(running, now)
+                task = self._take(running, now)
+                if task is not None:
+                    return task
         return None
 
     def wake_at(self, now: float) -> float | None:
@@ -293,10 +297,14 @@ class ChunkQueue:
         busy = min((self._turns(job, index)[0] for index in running.under_way), default=last)
         return before < running.consumed and before < busy
 
-    def _take(self, running: _Running, now: float) -> Task:
+    def _take(self, running: _Running, now: float) -> Task | None:
         job = running.job
         if job.pick is not None and not job.window_chunks:
-            index = job.pick(running.chunks)
+            picked = job.pick(running.chunks)
+            if picked is None:
+                running.ready_at = now + PICK_AGAIN_S
+                return None
+            index = picked
             running.chunks.remove(index)
         else:
             index = running.chunks.pop()

@@ -364,15 +364,19 @@ class _Chunks:
 
     # -- for the mover -------------------------------------------------------------------------------------------------
 
-    def pick(self, left: Sequence[int]) -> int:
-        """The chunk to move next: what is here already, to be verified; then as the routes say."""
+    def pick(self, left: Sequence[int]) -> int | None:
+        """The chunk to move next: what is here already, to be verified; then as the routes say.
+
+        `left` is what the routes count as free, or would be: the mover moves no chunk twice.
+        """
         with self._lock:
             while self._claimed:
                 index = self._claimed.pop()
                 self.routes.chosen(index)
                 return index
-            index_or_none = self.routes.pick(time.monotonic())
-        return left[-1] if index_or_none is None else index_or_none
+            if not self.routes.has_free:
+                return left[-1]
+            return self.routes.pick(time.monotonic())
 
     def read(self, index: int, into: memoryview) -> None:
         """Fill `into` with a chunk that is as the manifest says."""

@@ -32,6 +32,9 @@ from shared.errors import Code, Failure
 ORIGIN: Final = ""  # the source that is no server
 HERE: Final = 1  # of a chunk at a peer: it can be had there
 COMING: Final = 2  # … it is being taken from a seed right now
+_SEEDS_FIRST_IN_FLIGHT: Final = 3  # transfers from seeds below which another one goes before everything else
+_WAITING_IN_FLIGHT: Final = 2  # questions at once for chunks that the peer does not have yet
+_WAITED_FOR: Final = 16  # chunks whose owners' time runs while there is nothing else to do
 _WINDOW: Final = 128  # chunks, from the first that is missing, among which the next one is chosen
 _RANK_CHUNKS: Final = 8  # by so many chunks later is one taken for every server that is nearer to it
 _SETTLING_IN_FLIGHT: Final = 2  # transfers at once as long as others that start just now may not be known
@@ -46,7 +49,8 @@ _CORRUPT_LIMIT: Final = 8  # chunks that the origin has corrupt, and is believed
 class Patience:
     """How long things may take, in seconds.
 
-    `settle_s`: from the start, during which others that start just now may not be known yet. `least_s`: for an owner to
+    `settle_s`: from the start, and from hearing of another server that fetches the same, during which others that have
+    just started may not be known yet: meanwhile seeds are used sparingly. `least_s`: for an owner to
     bring its chunk, at least; three times what a chunk takes from a seed otherwise. `poll_s`: one question to a peer
     for a chunk that it does not have yet. `budget_s`: without any progress, until the fetch is given up.
     """
@@ -147,7 +151,7 @@ class Routes:
         self._own_id = own_id
         self._lengths = lengths
         self._patience = patience
-        self._began = now
+        self._settled_at = now + patience.settle_s
         self._progress_at = now
         self._sources: dict[str, _Source] = {ORIGIN: _Source(whole=True, seed=True)} if origin else {}
         self._free = list(range(len(lengths)))  # neither picked nor there, in order
@@ -158,7 +162,6 @@ class Routes:
         self._swarm: tuple[str, ...] = (own_id,)  # the servers that fetch this checkpoint and work, this one included
         self._lines: dict[int, tuple[str, ...]] = {}
         self._last_failure: Failure | None = None
-        self._heard = False
         self.bytes_by_source: dict[str, int] = {}
 
     # -- what is known -------------------------------------------------------------------------------------------------
@@ -167,12 +170,13 @@ class Routes:
         """The servers that have the checkpoint, wholly or in part, are these now."""
         known = {peer.server_id: peer for peer in peers if peer.server_id not in ("", self._own_id)}
         for id, peer in sorted(known.items()):
+            if id not in self._sources and not peer.whole:
+                self._settled_at = now + self._patience.settle_s  # where there is one, there may be more
             source = self._sources.setdefault(id, _Source(whole=peer.whole, seed=peer.whole))
             source.whole, source.gone = peer.whole or source.whole, False
         for id, source in self._sources.items():
             if id != ORIGIN and id not in known:
                 source.gone = True
-        self._heard = self._heard or bool(known)
         self._count_swarm(now)
 
     def peer_has(self, peer: str, has: bytes, now: float) -> None:
@@ -209,29 +213,52 @@ class Routes:
     # -- choosing ------------------------------------------------------------------------------------------------------
 
     def pick(self, now: float) -> int | None:
-        """The chunk to move next, which is then the caller's; None when every chunk is somebody's or there.
+        """The chunk to move next, which is then the caller's; None when there is none, or none just now.
 
-        The first in order that can be moved right now, where a chunk to which others are nearer in line counts as a
-        later one: so a chunk is not wanted by all of its owner at the same moment, but spreads. If none can be moved,
-        the first. While nobody else is known that fetches this checkpoint (but may just be starting), it begins at a
-        place of its own, so that servers that start together do not all take the same chunks from the origin before
-        they hear of each other.
+        In order, those that it is this server's turn to take from a seed; and those that can be had from another
+        server, where a chunk to which others are nearer in line counts as a later one: so a chunk is not wanted by all
+        of its owner at the same moment, but spreads. If there is neither, the first that is missing is waited for.
+
+        While servers that start just now may not be known yet, seeds are used sparingly, and every server begins at a
+        place of its own, so that they do not all take the same chunks before they hear of each other.
         """
-        if not self._free:
-            return None
         self._count_swarm(now)
-        at = 0
-        if not self._heard and now - self._began < self._patience.settle_s:
+        settling = now < self._settled_at
+        first = 0
+        if settling:
             place = _hash(self._own_id, -1) % len(self._lengths)
-            at = next((number for number, index in enumerate(self._free) if index >= place), 0)
-        else:
-            best: tuple[int, int] | None = None
-            for number, index in enumerate(self._free[:_WINDOW]):
-                if self._ready(index, now):
-                    key = (self._line(index).index(self._own_id) * _RANK_CHUNKS + number, number)
-                    if best is None or key < best:
-                        best, at = key, number
+            first = next((number for number, index in enumerate(self._free) if index >= place), 0)
+        seeds = [source for source in self._sources.values() if source.seed and source.usable(now)]
+        own: int | None = None
+        near: int | None = None
+        nearest = 0
+        for number in range(first, min(first + _WINDOW, len(self._free))):
+            index = self._free[number]
+            if own is None and self._turn_in_s(index, now) <= 0 and any(source.holds(index) for source in seeds):
+                own = number
+            if self._at_peer(index, now):
+                later = number + self._line(index).index(self._own_id) * _RANK_CHUNKS
+                if near is None or later < nearest:
+                    nearest, near = later, number
+        coming = len(self.coming())
+        if settling and coming >= _SETTLING_IN_FLIGHT:
+            own = None
+        # The seeds are what all wait for in the end: they are kept busy first.
+        order = (own, near) if coming < _SEEDS_FIRST_IN_FLIGHT else (near, own)
+        at = next((number for number in order if number is not None), None)
+        if at is None:
+            for index in self._free[:_WAITED_FOR]:
+                self._first_asked.setdefault(index, now)
+            waiting = sum(transfer.waiting for transfer in self._transfers.values())
+            if not self._free or waiting >= _WAITING_IN_FLIGHT or (settling and coming):
+                return None
+            at = first
         return self._free.pop(at)
+
+    @property
+    def has_free(self) -> bool:
+        """Whether there are chunks that nobody has picked."""
+        return bool(self._free)
 
     def chosen(self, index: int) -> None:
         """The caller works on this chunk without having picked it."""
@@ -243,9 +270,8 @@ class Routes:
         self.chosen(index)
         self._progress_at = now
 
-    def _ready(self, index: int, now: float) -> bool:
-        if self._line(index)[0] == self._own_id and self._expected_at(index, now) is None:
-            return True
+    def _at_peer(self, index: int, now: float) -> bool:
+        """Whether the chunk can be had from a server that is no seed."""
         return any(
             source.usable(now) and source.holds(index) and not source.seed and self._room(source)
             for source in self._sources.values()
@@ -254,29 +280,20 @@ class Routes:
     def route(self, index: int, now: float) -> Decision:
         """What to do about this chunk now."""
         self._count_swarm(now)
-        asked = self._first_asked.setdefault(index, now)
+        self._first_asked.setdefault(index, now)
+        turn_in_s = self._turn_in_s(index, now)
         usable = {id: source for id, source in self._sources.items() if source.usable(now)}
         holders = {id: source for id, source in usable.items() if source.holds(index)}
-        rank = self._line(index).index(self._own_id)
-        owner = self._expected_at(index, now)
-        if owner is not None:
-            rank = max(rank, 1)
-        else:
-            owner = self._line(index)[0]
-        turn_in_s = asked + min(rank, 3) * self._patience_s(now) - now
         # Seeds are for the chunk's owner, and for those whose patience has ended; nobody else helps himself.
         allowed = {id: source for id, source in holders.items() if turn_in_s <= 0 or not source.seed}
-        free = {id: source for id, source in allowed.items() if self._room(source)}
-        settling = not self._heard and now - self._began < self._patience.settle_s
-        if settling and sum(not one.waiting for one in self._transfers.values()) >= _SETTLING_IN_FLIGHT:
-            return Pause(0.02)
+        free = [id for id, source in allowed.items() if self._room(source)]
         if free:
-            return self._take(
-                min(free, key=lambda id: (self._expected_s(id, index), id == ORIGIN, id)), 0.0, now, index
-            )
+            first = min(free, key=lambda id: (self._expected_s(id, index), id == ORIGIN, id))
+            return self._take(first, 0.0, now, index)
         if allowed:
             return Pause(0.05)  # all are as busy as they may be: one of them will soon not be
         if turn_in_s > 0:
+            owner = self._expected_at(index, now) or self._line(index)[0]
             if owner in usable and owner not in holders:
                 return self._take(owner, min(self._patience.poll_s, max(turn_in_s, 0.05)), now, index)
             return Pause(min(turn_in_s, 0.25))
@@ -401,6 +418,13 @@ class Routes:
         if swarm != self._swarm:
             self._swarm = swarm
             self._lines.clear()
+
+    def _turn_in_s(self, index: int, now: float) -> float:
+        """When this server may take the chunk from a seed: at once as its owner, unless another one already does."""
+        rank = self._line(index).index(self._own_id)
+        if rank == 0 and self._expected_at(index, now) is None:
+            return 0.0
+        return self._first_asked.get(index, now) + max(1, min(rank, 3)) * self._patience_s(now) - now
 
     def _expected_at(self, index: int, now: float) -> str | None:
         """Who of the swarm is taking this chunk from a seed already (as its owner before the swarm changed)."""
