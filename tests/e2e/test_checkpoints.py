@@ -40,16 +40,17 @@ def test_deploying_again_after_the_weights_changed_serves_the_new_ones(
     assert (after, after != before) == (complete(cluster, "unchanging"), True)
 
 
-def test_damaged_bytes_on_the_ssd_are_imported_afresh_and_the_client_waits_for_it(
-    cluster: Cluster, models: Models
-) -> None:
+def test_damaged_bytes_on_the_ssd_are_made_anew_before_anybody_sees_them(cluster: Cluster, models: Models) -> None:
     record = cluster.deploy("damaged", models("llama", seed=23))["deployment"]
     (weights,) = cluster.home.glob(f"server-*/checkpoints/{record['checkpoint']['checkpoint_id']}/model.safetensors")
+    sound = weights.read_bytes()
     with weights.open("r+b") as file:
         file.seek(-100, 2)
         file.write(b"rot")
     assert complete(cluster, "damaged")
-    assert "checkpoint_corrupt" in cluster.log("scheduler")
+    assert weights.read_bytes() == sound
+    stores = [cluster.log(name) for name in cluster.services if name.startswith("server-")]
+    assert any('"repaired_chunks": 1' in log for log in stores)
 
 
 def test_a_store_may_die_while_a_stream_runs(cluster: Cluster, models: Models) -> None:
@@ -61,7 +62,8 @@ def test_a_store_may_die_while_a_stream_runs(cluster: Cluster, models: Models) -
     answer = connection.getresponse()
     while b"data: " not in answer.readline():
         pass
-    (server,) = {one["server_id"] for one in cluster.view()["replicas"] if one["deployment"] == "held"}
+    (replica,) = [one for one in cluster.view()["replicas"] if one["deployment"] == "held"]
+    server = replica["server_id"]
     cluster.kill(server, signal.SIGKILL)
     cluster.processes[server].wait(5)
     cluster.start(server)
@@ -72,3 +74,6 @@ def test_a_store_may_die_while_a_stream_runs(cluster: Cluster, models: Models) -
     assert [one["completion_tokens"] for one in usage if one] == [1500]
     cluster.until(lambda: len(cluster.view()["servers"]) == 2, "the store is back")
     assert complete(cluster, "held")
+    # Its pool and its leases are what they were, so the replica is, too.
+    replicas = [one["replica_id"] for one in cluster.view()["replicas"] if one["deployment"] == "held"]
+    assert replicas == [replica["replica_id"]]
