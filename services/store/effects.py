@@ -103,6 +103,7 @@ class Effects:
 
     def stop(self, job: str) -> None:
         """End a job at its next chunk."""
+        self._means.importer.stop(job)
         for mover in (self._means.disk, self._means.net):
             mover.stop(job)
 

@@ -97,8 +97,7 @@ class Fetcher:
 
     def find(self, checkpoint_id: str, peers: Sequence[Peer]) -> tuple[Manifest, bytes] | None:
         """The manifest of a checkpoint that some peer has, proved by the checkpoint's id; None if nobody has it."""
-        for peer in sorted(peers, key=lambda peer: (not peer.whole, peer.server_id)) if self._token else ():
-            tree = self._open(peer, checkpoint_id, None)
+        for tree in self._trees(peers, checkpoint_id, None):
             try:
                 data = tree.read_small(MANIFEST_NAME, MANIFEST_LIMIT_BYTES)
                 manifest = decode_stored(data)
@@ -108,8 +107,6 @@ class Fetcher:
                 if error.failure.code in _ENDING:
                     raise
                 continue  # another one may be sound and awake
-            finally:
-                tree.close()
             return manifest, data
         return None
 
@@ -155,11 +152,7 @@ class Fetcher:
 
     def take(self, manifest: Manifest, index: int, into: memoryview, peers: Sequence[Peer]) -> bool:
         """Fill `into` with one chunk from whichever peer has it sound; whether one had."""
-        for peer in sorted(peers, key=lambda peer: (not peer.whole, peer.server_id)) if self._token else ():
-            try:
-                tree = self._open(peer, manifest.checkpoint.checkpoint_id, manifest)
-            except HearthError:
-                continue  # no url that anybody could open
+        for tree in self._trees(peers, manifest.checkpoint.checkpoint_id, manifest):
             try:
                 for piece in chunk_pieces(manifest, index):
                     if piece.data_bytes:
@@ -170,8 +163,6 @@ class Fetcher:
                 if error.failure.code in _ENDING:
                     raise
                 continue  # another one may be awake
-            finally:
-                tree.close()
             if checksum(into) == manifest.chunks[index]:
                 return True
         return False
@@ -204,8 +195,17 @@ class Fetcher:
             with self._lock:
                 del self._running[key]
 
-    def _open(self, peer: Peer, checkpoint_id: str, manifest: Manifest | None) -> PeerTree:
-        return PeerTree(peer.url, self._token, checkpoint_id, manifest)
+    def _trees(self, peers: Sequence[Peer], checkpoint_id: str, manifest: Manifest | None) -> Iterator[PeerTree]:
+        """The peers' copies one after another, those that are whole first; each is closed before the next is opened."""
+        for peer in sorted(peers, key=lambda peer: (not peer.whole, peer.server_id)) if self._token else ():
+            try:
+                tree = PeerTree(peer.url, self._token, checkpoint_id, manifest)
+            except HearthError:
+                continue  # no url that anybody could open
+            try:
+                yield tree
+            finally:
+                tree.close()
 
     def _small_files(
         self, manifest: Manifest, tree: SourceTree | None, peers: Peers, stop: threading.Event
@@ -217,16 +217,13 @@ class Fetcher:
                 return _small_files(manifest, tree)
             except HearthError as error:
                 fault = error
-        for peer in sorted(peers(), key=lambda peer: (not peer.whole, peer.server_id)) if self._token else ():
+        for other in self._trees(peers(), manifest.checkpoint.checkpoint_id, manifest):
             if stop.is_set():
                 raise HearthError(Code.CANCELLED)
-            other = self._open(peer, manifest.checkpoint.checkpoint_id, manifest)
             try:
                 return _small_files(manifest, other)
             except HearthError as error:
                 fault = error if tree is None else fault
-            finally:
-                other.close()
         raise fault
 
     def _run(

@@ -26,7 +26,7 @@ from services.store.convert import (
     refuse_remote_code,
 )
 from services.store.events import PRIORITY_OPERATOR, StoredCheckpoint
-from services.store.fetch import Fetcher
+from services.store.fetch import Fetcher, FetchInterrupted
 from services.store.image_files import ImageWriter
 from services.store.manifest import (
     CASTS,
@@ -129,8 +129,15 @@ class Importer:
         with self._lock:
             self._closed = True
             trees = list(self._trees)
+        if self._fetcher is not None:
+            self._fetcher.close()
         for tree in trees:
             tree.close()
+
+    def stop(self, key: str) -> None:
+        """End the job of a fetch where it waits for a source or a peer; the movers end it everywhere else."""
+        if self._fetcher is not None:
+            self._fetcher.stop(key)
 
     # -- looking -----------------------------------------------------------------------------------------------------
 
@@ -245,13 +252,14 @@ class Importer:
                 except HearthError as error:
                     if error.failure.code not in _ELSEWHERE:
                         raise
+                known = None  # what they could give is here; the rest is at the source
             try:
                 with self._opened(source) as tree:
                     if self._is_fetched(tree):
                         return fetch(*self._of_tree(tree, source), tree)
                     return self._convert(tree, source, key, priority, extents, tag, progressed)
             except HearthError as error:
-                if known is None or error.failure.code not in _ELSEWHERE:
+                if known is None or isinstance(error, FetchInterrupted) or error.failure.code not in _ELSEWHERE:
                     raise
                 # The source is out of reach: what the peers have together may be enough.
                 return fetch(*known, None)
