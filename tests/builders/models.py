@@ -112,11 +112,12 @@ def make_model(
     chat_template: bool = True,
     eos: bool = True,
     spread: float = 4.0,
+    shard_bytes: int = 0,
 ) -> Path:
     """A random model and its tokenizer in `directory` (config.json, model.safetensors, tokenizer files). Returns it.
 
     `spread` scales the initial weights, so that the next-token distribution is neither flat nor a single spike. With
-    `eos=False` no token ends a sequence.
+    `eos=False` no token ends a sequence. With `shard_bytes` the weights come in files of that size at most.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -136,5 +137,5 @@ def make_model(
     model.generation_config.eos_token_id = 0 if eos else None
     model.generation_config.pad_token_id = 1
     make_tokenizer(directory, vocab=vocab, chat_template=chat_template, context=context, eos=eos)
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, **({"max_shard_size": shard_bytes} if shard_bytes else {}))
     return directory

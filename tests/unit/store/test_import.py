@@ -295,19 +295,25 @@ def test_a_closed_importer_stops_and_leaves_nothing(tier: SsdTier, importer: Imp
 
 @pytest.mark.torch
 @pytest.mark.parametrize(
-    ("architecture", "tie"),
+    ("architecture", "tie", "shard_bytes", "dtype"),
     [
-        ("llama", False),
-        ("llama", True),
-        ("qwen2", True),
-        ("qwen3", False),
-        ("opt", True),
-        ("gpt2", True),
-        ("mistral", False),
+        ("llama", False, 0, None),
+        ("llama", True, 100_000, None),
+        ("llama", False, 100_000, "bfloat16"),
+        ("qwen2", True, 0, None),
+        ("qwen2", False, 100_000, None),
+        ("qwen2", True, 100_000, "float16"),
+        ("qwen3", False, 0, None),
+        ("opt", True, 0, None),
+        ("opt", False, 100_000, "bfloat16"),
+        ("gpt2", True, 0, None),
+        ("gpt2", False, 100_000, None),
+        ("gpt2", True, 100_000, "bfloat16"),
+        ("mistral", False, 0, None),
     ],
 )
 def test_from_pretrained_gives_the_same_model_bit_for_bit(
-    tier: SsdTier, tmp_path: Path, architecture: str, tie: bool
+    tier: SsdTier, tmp_path: Path, architecture: str, tie: bool, shard_bytes: int, dtype: str | None
 ) -> None:
     import torch
     from safetensors import safe_open
@@ -315,15 +321,25 @@ def test_from_pretrained_gives_the_same_model_bit_for_bit(
 
     from tests.builders.models import make_model
 
-    source = make_model(tmp_path / "m", architecture, tie=tie)
-    stored = do_import(tier, source).stored
-    theirs = AutoModelForCausalLM.from_pretrained(source).state_dict()
-    ours = AutoModelForCausalLM.from_pretrained(stored.directory).state_dict()
+    source = make_model(tmp_path / "m", architecture, tie=tie, shard_bytes=shard_bytes)
+    assert (source / "model.safetensors.index.json").exists() == bool(shard_bytes)
+    stored = do_import(tier, source, dtype=dtype).stored
+    theirs = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
+    ours = AutoModelForCausalLM.from_pretrained(stored.directory)
+    assert (ours.get_input_embeddings().weight is ours.get_output_embeddings().weight) == tie
+    assert ours.dtype == theirs.dtype
+    theirs, ours = theirs.state_dict(), ours.state_dict()
     assert theirs.keys() == ours.keys()
-    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype
+        assert torch.equal(ours[name], tensor), name
     assert AutoTokenizer.from_pretrained(stored.directory)("the fire").input_ids
+    names = set(open_model(LocalTree(source)).tensors)
     with safe_open(Path(stored.directory, "model.safetensors"), "pt") as file:
-        assert set(file.keys()) == set(open_model(LocalTree(source)).tensors)
+        assert set(file.keys()) == names
+        assert file.metadata() == {"format": "pt"}
+        for name in names & theirs.keys():
+            assert torch.equal(file.get_tensor(name), theirs[name]), name
 
 
 @pytest.mark.torch
