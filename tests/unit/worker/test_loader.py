@@ -81,7 +81,7 @@ def tokens_through(loader: TorchLoader, lease: Lease, **fields: Any) -> list[int
 
 
 def strip_prefix(directory: Path) -> None:
-    """Name GPT-2's tensors as old checkpoints do: transformers' own loading has to convert them."""
+    """Name GPT-2's tensors as old checkpoints do."""
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(directory / "model.safetensors")
@@ -149,14 +149,6 @@ def test_half_precision_and_a_tensor_of_another_type(loader: TorchLoader, tmp_pa
     assert tokens_through(loader, make_lease(directory, tmp_path / "pool")) == expected_tokens(directory, "bfloat16")
 
 
-def test_names_without_the_models_prefix_are_converted(loader: TorchLoader, tmp_path: Path) -> None:
-    directory = make_model(tmp_path / "model", "gpt2", tie=True, eos=False)
-    expected = expected_tokens(directory)
-    strip_prefix(directory)
-    write_manifest(directory)
-    assert tokens_through(loader, make_lease(directory, tmp_path / "pool")) == expected
-
-
 def test_parameters_are_the_stores_memory_and_two_replicas_share_it(
     loader: TorchLoader, llama: Path, tmp_path: Path
 ) -> None:
@@ -189,8 +181,7 @@ def test_two_models_in_one_worker_say_at_the_same_time_what_each_says_alone(
     """And a third one, whose tensors have to be converted, comes and goes meanwhile."""
     other = make_model(tmp_path / "other", "qwen2", eos=False, seed=5)
     write_manifest(other)
-    third = make_model(tmp_path / "third", "gpt2", eos=False, dtype="bfloat16")
-    strip_prefix(third)
+    third = make_model(tmp_path / "third", "mixtral", eos=False, dtype="bfloat16")
     write_manifest(third)
     leases = [make_lease(directory, tmp_path / f"pool-{directory.name}") for directory in (llama, other, third)]
     chance = random.Random(1)
@@ -323,14 +314,13 @@ def test_a_config_with_values_that_make_no_sense_is_refused(
 def test_a_device_that_is_full_is_no_corrupt_checkpoint(
     loader: TorchLoader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory = make_model(tmp_path / "model", "gpt2", eos=False)
-    strip_prefix(directory)
+    directory = make_model(tmp_path / "model", "mixtral", eos=False)
     write_manifest(directory)
 
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("transformers.GPT2LMHeadModel.from_pretrained", full)
+    monkeypatch.setattr("transformers.MixtralForCausalLM.from_pretrained", full)
     with pytest.raises(HearthError) as refused:
         tokens_through(loader, make_lease(directory, tmp_path / "pool"))
     assert refused.value.failure.code is Code.OUT_OF_MEMORY
