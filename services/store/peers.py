@@ -13,7 +13,8 @@ from shared.contracts.records import Phase, ServerRecord
 from shared.errors import HearthError
 from shared.registry import Registry
 
-LOOK_S: Final = 1.0  # between two looks while something is being fetched
+# Between two looks while something is being fetched: servers that start together must soon know of one another.
+LOOK_S: Final = 0.25
 SELDOM_S: Final = 15.0  # and otherwise
 
 
