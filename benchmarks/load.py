@@ -14,6 +14,7 @@ environment with `pip install 'hearth-serve[bench]'`; those that it lacks are re
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,7 @@ def main() -> int:
         quick=asked.quick,
     )  # fmt: skip
     options.scratch.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is ended then, too
     for part in asked.only.split(","):
         print(f"\n== {part}", flush=True)
         PARTS[part](options)

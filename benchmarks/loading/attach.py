@@ -3,7 +3,7 @@
     python -m benchmarks.loading.attach --nats URL --prefix PREFIX [--server-id ID] [--device DEVICE]
 
 It warms up as a worker does, prints a line of JSON (`ready`) and answers each line of JSON on standard input with one:
-`{"do": "load", …}` acquires a checkpoint and attaches it (`try`: and survives a failure), `prepare` maps the store's
+`{"do": "load", …}` acquires a checkpoint and attaches it, `prepare` maps the store's
 segment, `touch` reads one byte of every 4096 of the parameters, `memory` tells this process's sizes, `release` gives
 the lease back.
 """
@@ -31,7 +31,6 @@ from services.worker.loader_transfer import in_memory
 from services.worker.ports import UNWATCHED
 from shared.bus import Bus
 from shared.contracts.residency import Acquire, Lease, Release, Source
-from shared.errors import HearthError
 from shared.subjects import ACQUIRE, RELEASE
 
 
@@ -164,11 +163,6 @@ async def serve(options: argparse.Namespace) -> None:
             match order.pop("do"):
                 case "load":
                     say(**await attacher.load(**order))
-                case "try":
-                    try:
-                        say(**await attacher.load(**order))
-                    except HearthError as error:
-                        say(failure=str(error.failure.message))
                 case "prepare":
                     say(**attacher.prepare(**order))
                 case "touch":

@@ -199,10 +199,12 @@ def verdict(met: bool) -> str:
     return "met" if met else "missed"
 
 
-def rounds(runs: int, names: Sequence[str], one: Callable[[str], None], before: Callable[[], object]) -> None:
-    """Everybody once per round, in a rotating order; `before` each round."""
+def rounds(runs: int, names: Sequence[str], one: Callable[[str], None], ceiling: Callable[[], object]) -> None:
+    """Everybody once per round, in a rotating order; fio (`ceiling`) takes its turn like anybody else."""
     for number in range(runs):
-        before()
-        for name in rotated(names, number):
-            one(name)
+        for name in rotated([*names, ""], number):
+            if name:
+                one(name)
+            else:
+                ceiling()
         print(f"  round {number + 1} of {runs}", flush=True)

@@ -48,10 +48,14 @@ class Child:
 
     def ask(self, order: Any) -> dict[str, Any]:
         """Send a line, wait for its answer. Raises RuntimeError with the end of the log if the process died."""
+        self.tell(order)
+        return self._answer()
+
+    def tell(self, order: Any) -> None:
+        """Send a line."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
-        return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None

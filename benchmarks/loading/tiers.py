@@ -67,7 +67,6 @@ def cold(options: Options) -> None:
                     found[name].append(run)
 
         rounds(options.runs, list(found), one, ceiling.read_once)
-        ceiling.read_once()
     size = plain.weight_bytes
     rows = _rows(found, missing, size, ceiling)
     show(
