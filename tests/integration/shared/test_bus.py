@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.bus import Bus, Delivery, Reply
+from shared.bus import Bus, Delivery, Reply, Unserved
 from shared.contracts.requests import Claim, Claimed, Demand, Gone, Request, Sampling, TextPrompt
 from shared.errors import Code, Failure, HearthError
 from shared.subjects import CLAIM, DEMAND, SubjectError
@@ -72,6 +72,7 @@ async def test_nobody_there_is_told_at_once(bus: Bus) -> None:
     with pytest.raises(HearthError) as caught:
         await bus.call(CLAIM, a_claim(), gateway_id="nobody")
     assert caught.value.failure.code is Code.UNAVAILABLE
+    assert isinstance(caught.value, Unserved)
 
 
 async def test_a_crashing_handler_answers_internal_and_the_service_lives(bus: Bus) -> None:
