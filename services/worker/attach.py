@@ -82,7 +82,7 @@ def attach(lease: Lease, mappings: Mappings, *, watch: LoadWatch = UNWATCHED) ->
     return Attached(
         model=model,
         image=image,
-        memory_bytes=placed.memory_bytes,
+        memory_bytes=placed.memory_bytes or own_parameter_bytes(model, image),
         times=AttachTimes(
             manifest_s=files_done - started,
             skeleton_s=skeleton_done - files_done,
@@ -345,6 +345,12 @@ def _assign(model: Any, parts: _Parts, views: dict[str, torch.Tensor]) -> None:
         where[key] = torch.nn.Parameter(view, requires_grad=False) if is_parameter else view
     for module in parts.modules.values():
         module.__dict__["training"] = False
+
+
+def own_parameter_bytes(model: Any, image: Image) -> int:
+    """Bytes of the parameters that are not the image's: those that had to be converted or cast."""
+    inside = range(image.address, image.address + image.size_bytes)
+    return sum(one.nbytes for one in model.parameters() if one.data_ptr() not in inside)
 
 
 def _misshapen() -> HearthError:

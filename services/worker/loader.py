@@ -20,7 +20,7 @@ from typing import Final
 import torch
 
 from services.worker.arrival import Arrivals, Piece, image_bytes, pieces_of, stream, streams
-from services.worker.attach import bytes_at, fill, model_class, read_files, skeleton, tensors
+from services.worker.attach import bytes_at, fill, model_class, own_parameter_bytes, read_files, skeleton, tensors
 from services.worker.engine import choose_engine, make_engine
 from services.worker.engine_thread import ThreadedEngine
 from services.worker.loader_memory import Image, Mappings
@@ -185,9 +185,10 @@ class TorchLoader:
                 model = skeleton(files)
                 skeleton_done = time.perf_counter()
                 views = tensors(files.manifest, buffer)
-                model = fill(model, views, files, self._device, placed.wait)
+                model = fill(model, views, files, self._device, lambda: self._wait_unlocked(placed))
                 del views, buffer
             placed.wait()  # without the lock: another checkpoint may be there already
+            own_bytes = placed.memory_bytes or own_parameter_bytes(model, image)
             parameters_done = time.perf_counter()
             engine_name = f"engine-{lease.checkpoint.checkpoint_id[:8]}"
             with self._lock:
@@ -203,7 +204,7 @@ class TorchLoader:
             engine=threaded,
             tokenizer=tokenizer,
             max_context_tokens=min(context, threaded.max_sequence_tokens),
-            memory_bytes=placed.memory_bytes + engine_bytes,
+            memory_bytes=own_bytes + engine_bytes,
             times=AttachTimes(
                 manifest_s=manifest_done - started,
                 tokenizer_s=tokenizer_done - manifest_done,
@@ -216,6 +217,13 @@ class TorchLoader:
             image=None if self._device.type == "cuda" else image,
             mappings=self._mappings,
         )
+
+    def _wait_unlocked(self, placed: Placed) -> None:
+        self._lock.release()
+        try:
+            placed.wait()
+        finally:
+            self._lock.acquire()
 
     def _place(self, lease: Lease, watch: LoadWatch) -> tuple[Image, Placed, torch.Tensor]:
         """What is mapped, how its bytes come, and the bytes themselves."""

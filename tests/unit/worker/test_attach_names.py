@@ -81,7 +81,15 @@ def test_experts_that_do_not_lie_side_by_side_are_copied(loader: TorchLoader, tm
     directory = make_model(tmp_path / "model", "mixtral", eos=False)  # by name: gate, down, up
     expected = expected_tokens(directory)
     write_manifest(directory)
-    assert tokens_through(loader, make_lease(directory, tmp_path / "pool")) == expected
+    lease = make_lease(directory, tmp_path / "pool")
+    assert tokens_through(loader, lease) == expected
+    mappings = Mappings()
+    attached = attach(lease, mappings)
+    assert attached.memory_bytes > lease.extents[0].length // 2, "its own memory counts"
+    image = attached.image
+    del attached
+    mappings.release(image)
+    mappings.close()
 
 
 def test_names_without_the_models_prefix_need_no_copy(

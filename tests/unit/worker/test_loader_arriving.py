@@ -156,11 +156,16 @@ def len_of(directory: Path) -> int:
     return -(-(directory / "model.safetensors").stat().st_size // CHUNK)
 
 
+@pytest.mark.parametrize("converted", [False, True])
 def test_a_load_that_waits_holds_nobody_up(
-    loader: TorchLoader, llama: Path, pool: HandMadePool, tmp_path: Path
+    loader: TorchLoader, llama: Path, pool: HandMadePool, tmp_path: Path, converted: bool
 ) -> None:
+    waiting = llama
+    if converted:
+        waiting = make_model(tmp_path / "mixture", "mixtral", eos=False, hidden=16, heads=2)
+        write_manifest(waiting)
     watch = Watch()
-    load = Load(loader, pool.lease(llama, range(len_of(llama))), watch)
+    load = Load(loader, pool.lease(waiting, range(len_of(waiting))), watch)
     assert watch.waiting.wait(60)
     assert tokens_through(loader, make_lease(llama, tmp_path / "other")) == expected_tokens(llama)
     watch.stopped = True
