@@ -216,6 +216,7 @@ class Leases:
             alive = self._dram.doomed.get(copy.tag) if copy.doomed else self._dram.copies.get(copy.id)
             assert alive is copy, f"the bytes of lease {lease_id} are gone"
             early = held.lease.arrival is not None and held.lease.arrival.tag == copy.tag
+            assert copy.ready or not copy.doomed, f"lease {lease_id} is on bytes that will not come"
             assert copy.ready or early, f"lease {lease_id} is on bytes that are not verified"
             assert copy.leased_extents() == held.lease.extents, f"lease {lease_id} is elsewhere"
         assert counts == self._of, "leases per checkpoint are miscounted"

@@ -370,6 +370,8 @@ class Loads:
         for want in list(load.wants.values()):
             want.read_s = read_s
             self._wants.serve(want, copy)
+        if load.on.condemned:  # what was read is sound, but the directory is about to go
+            self._room.drop_copy(copy, "corrupt")
         self._forget(load)
 
     def failed(self, event: ReadFailed) -> None:

@@ -285,7 +285,9 @@ class Residency:
         assert not readers, "a directory that is not claimed is read"
         for checkpoint_id, copy in tiers.dram.copies.items():
             assert copy.ready == (copy.work is None), "a copy is claimed while it is filled, or neither"
-            assert checkpoint_id in tiers.ssd.whole or not copy.ready, "DRAM holds what the SSD tier does not"
+            there = tiers.ssd.whole.get(checkpoint_id)
+            sound = there is not None and not there.condemned
+            assert sound or not copy.ready, "DRAM holds what the SSD tier does not"
 
     # -- what others may look at ---------------------------------------------------------------------------------
 

@@ -141,10 +141,8 @@ class Room:
         """A directory is not claimed any more and is going to be deleted."""
         tiers = self._tiers
         copy = tiers.dram.copies.get(id)
-        if shelf == "whole":
-            if copy is not None and copy.ready:
-                self.drop_copy(copy, reason)
-            tiers.uses.forget(id)
+        if shelf == "whole" and copy is not None and copy.ready:
+            self.drop_copy(copy, reason)
         on = tiers.ssd.take(getattr(tiers.ssd, shelf), id)
         self.delete(id, on.stored.directory, on.stored.stored_bytes)
         stored_bytes = on.stored.stored_bytes
@@ -182,6 +180,9 @@ class Room:
     def condemn(self, on: OnSsd, reason: str) -> None:
         """This directory's bytes are corrupt and cannot be repaired: it is in no tier any more."""
         on.condemned = on.condemned or reason
+        copy = self._tiers.dram.copies.get(on.stored.id)
+        if copy is not None and copy.ready:
+            self.drop_copy(copy, "corrupt")
         if not on.readers:
             self._quarantine(on)
 
@@ -189,9 +190,6 @@ class Room:
         tiers, id = self._tiers, on.stored.id
         if tiers.ssd.whole.get(id) is not on:
             return
-        copy = tiers.dram.copies.get(id)
-        if copy is not None and copy.ready:
-            self.drop_copy(copy, "corrupt")
         if id in tiers.ssd.quarantined:
             self.remove("quarantined", id, "corrupt")
         tiers.ssd.take(tiers.ssd.whole, id)

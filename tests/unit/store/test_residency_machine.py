@@ -130,7 +130,7 @@ class Store(RuleBasedStateMachine):
 
     @initialize(
         known=st.sets(names, max_size=3),
-        ssd_chunks=st.sampled_from([14, 20, 60]),
+        ssd_chunks=st.sampled_from([15, 24, 60]),
         marks=st.booleans(),
         scrubs=st.booleans(),
         board=st.booleans(),
@@ -337,6 +337,37 @@ class Store(RuleBasedStateMachine):
         belief = data.draw(st.sampled_from(self.beliefs))
         self.post(ConsumedHeard(Consumed(holder=belief.holder, lease_id=belief.lease.lease_id, chunks=chunks)))
 
+    # -- what usually happens, at once: so that tiers are full and leases alive when something unusual does -----------
+
+    @rule(place=places, holder=holders, ttl_s=st.sampled_from([5.0, 60.0]), arriving=st.booleans())
+    def get(self, place: str, holder: str, ttl_s: float, arriving: bool) -> None:
+        self.acquire(place, holder, 3.0, ttl_s, "i", arriving)
+        self.finish()
+
+    @rule(tier=st.sampled_from(["ssd", "dram"]), place=places)
+    def have(self, tier: str, place: str) -> None:
+        self.prefetch(place, 3.0, tier, "b")
+        self.finish()
+
+    @rule(name=names)
+    def rot(self, name: str) -> None:
+        """A checkpoint on the disk turns out to be corrupt."""
+        self.verify(name, 3.0)
+        for action in list(self.work):
+            if isinstance(action, VerifyCheckpoint) and action.stored.id == name:
+                self.carry_out(action, 0)
+
+    get_more = get
+    get_much_more = get
+    have_more = have
+
+    @rule()
+    def finish(self) -> None:
+        for _ in range(20):
+            if not self.work:
+                break
+            self.carry_out(self.work[0], 5)
+
     # -- time and connections ------------------------------------------------------------------------------------
 
     @rule(seconds=st.sampled_from([0.01, 0.3, 2.0, 8.0]))
@@ -445,7 +476,7 @@ class Store(RuleBasedStateMachine):
                 self.post(ReadProgressed(action.job, one.image_bytes // 2))
             case RunImport(place):
                 id = checkpoint_of(place.url) if place.url in PLACES else place.url.removeprefix("peer:")
-                if id in SIZES and id in HEARTH_FORM:
+                if id in SIZES:
                     self.post(ImportOpened(place, stored(id, SIZES[id], source=Source(url=id))))
                 self.post(ImportProgressed(place, CHUNK, SIZES.get(id, 1) * CHUNK))
             case VerifyCheckpoint(one):
