@@ -1,7 +1,8 @@
 """How many threads read the SSD tier best, and how many bytes each asks for at once: measured, kept, explained.
 
 A setting is one of `THREADS` × block sizes. What is measured is what a load does: direct reads into memory, then the
-checksum. Of the settings within 3 % of the fastest the one with the least processor time per byte is taken.
+checksum. Of the settings within 3 % of the fastest (more, where the disk itself does not give the same twice: others
+use it) the one with the least processor time per byte is taken; where that is alike, too, what does well on most disks.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -29,7 +30,9 @@ TUNING_NAME: Final = "tuning.json"
 VERSION: Final = 1
 THREADS: Final = (4, 2, 8, 1)  # the likeliest first: a slow disk leaves no time for all
 BLOCK_BYTES: Final = (CHUNK_BYTES, 4 << 20, 1 << 20)
-CLOSE_ENOUGH: Final = 0.97  # of the fastest: below that it is slower, above it is noise
+NEAR: Final = 0.03  # of the fastest: further below, it is slower
+NEAR_LIMIT: Final = 0.3  # however much the disk varies
+ALIKE: Final = 1.1  # of the least processor time: that near, it is alike
 BUDGET_S: Final = 0.9  # of reading; opening, writing a sample and the last turn come on top
 SAMPLE_BYTES: Final = 128 << 20  # a temporary file when nothing is stored; and the least that a file must have
 SAMPLE_BUDGET_S: Final = 0.3  # of writing it
@@ -52,7 +55,8 @@ class Tuning(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What was chosen, from which table, and for what it holds.
 
     `device` and `filesystem` name where it was measured; `temporary` says that it was on a file made for it, because
-    nothing was stored yet. An empty table means that nothing could be measured.
+    nothing was stored yet. `near` is how far below the fastest a setting may be. An empty table means that nothing
+    could be measured.
     """
 
     version: int
@@ -62,6 +66,7 @@ class Tuning(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     filesystem: str = ""
     direct: bool = True
     temporary: bool = False
+    near: float = NEAR
     table: tuple[Setting, ...] = ()
 
     @property
@@ -73,18 +78,29 @@ class Tuning(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         mine = next(one for one in self.table if (one.threads, one.block_bytes) == (self.threads, self.block_bytes))
         return (
             f"{mine.gb_per_s:.2f} GB/s, the fastest reaches {best:.2f}; of those within "
-            f"{100 - 100 * CLOSE_ENOUGH:.0f} % it takes the least processor time ({mine.cpu_s_per_gb:.3f} s per GB)"
+            f"{100 * self.near:.0f} % it takes little processor time ({mine.cpu_s_per_gb:.3f} s per GB)"
         )
 
 
 DEFAULT: Final = Tuning(version=VERSION, threads=4, block_bytes=CHUNK_BYTES)
 
 
-def choose(table: Sequence[Setting]) -> Setting:
-    """The cheapest setting within 3 % of the fastest; of equals the one with fewer threads, then larger blocks."""
+def choose(table: Sequence[Setting], near: float = NEAR) -> Setting:
+    """The cheapest of the settings that are at most the part `near` slower than the fastest.
+
+    Among settings that are about as cheap the order of `THREADS` decides, then the larger block.
+    """
     fastest = max(one.gb_per_s for one in table)
-    near = [one for one in table if one.gb_per_s >= CLOSE_ENOUGH * fastest]
-    return min(near, key=lambda one: (one.cpu_s_per_gb, one.threads, -one.block_bytes))
+    fast = [one for one in table if one.gb_per_s >= (1 - near) * fastest]
+    least = min(one.cpu_s_per_gb for one in fast)
+    cheap = [one for one in fast if one.cpu_s_per_gb <= ALIKE * least]
+    return min(cheap, key=lambda one: (THREADS.index(one.threads), -one.block_bytes))
+
+
+def noise(rates: Iterable[Sequence[float]]) -> float:
+    """How much the disk varies by itself: the median, over settings, of how far their turns lie from their middle."""
+    spreads = sorted((max(turns) - min(turns)) / (max(turns) + min(turns)) for turns in rates if len(turns) > 1)
+    return spreads[len(spreads) // 2] if spreads else 0.0
 
 
 def tune(store_dir: Path, *, chunk_bytes: int = CHUNK_BYTES, remember: bool = True) -> Tuning:
@@ -212,9 +228,11 @@ class Tally:
     bytes: int = 0
     seconds: float = 0.0
     cpu_s: float = 0.0
+    rates: list[float] = field(default_factory=list)  # of the turns, in bytes per second
 
     def add(self, other: Tally) -> None:
         """Count another turn."""
+        self.rates.append(other.bytes / max(other.seconds, 1e-9))
         self.bytes += other.bytes
         self.seconds += other.seconds
         self.cpu_s += other.cpu_s
@@ -258,9 +276,15 @@ def measure(
         if not any(tally.bytes for tally in tallies.values()):
             tallies[THREADS[0], blocks[0]].add(first)
         table = tuple(tally.setting(*setting) for setting, tally in tallies.items() if tally.bytes)
-        best = choose(table)
+        near = round(min(NEAR_LIMIT, max(NEAR, noise(tally.rates for tally in tallies.values()))), 3)
+        best = choose(table, near)
         return Tuning(
-            version=VERSION, threads=best.threads, block_bytes=best.block_bytes, direct=reader.direct, table=table
+            version=VERSION,
+            threads=best.threads,
+            block_bytes=best.block_bytes,
+            direct=reader.direct,
+            near=near,
+            table=table,
         )
 
 
