@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from obstore import GetOptions, GetResult, ObjectMeta
     from obstore.store import ObjectStore
 
-PIECE_BYTES: Final = 256 * 1024  # what a cut connection can lose; 1 MiB is no faster
+PIECE_BYTES: Final = 2**20  # what is lost when obstore gives up on a body; larger ones are no faster
 MOST_TRIES: Final = 5  # in a row without a piece arriving, each of them with obstore's own retries
 MOST_FILES: Final = 20_000
 PAGE_FILES: Final = 1000

@@ -278,11 +278,11 @@ async def _get(request: web.Request, state: State, path: Path, entry: Served) ->
                 await asyncio.sleep(stall.seconds)
                 stall = None
             piece = file.read(min(PIECE_BYTES, most - entry.sent_bytes))
+            if slow is not None:
+                await asyncio.sleep(len(piece) / slow.bytes_per_s)
             with contextlib.suppress(ConnectionResetError):
                 await response.write(piece)
             entry.sent_bytes += len(piece)
-            if slow is not None:
-                await asyncio.sleep(len(piece) / slow.bytes_per_s)
     if cut is not None and request.transport is not None:
         while request.transport.get_write_buffer_size():  # what was "sent" reaches the client, then nothing does
             await asyncio.sleep(0.001)
