@@ -14,6 +14,7 @@ from services.store.importer import Importer
 from services.store.local import LocalTree, absolute_directory
 from services.store.manifest import tensor_bytes
 from services.store.mover import Mover
+from services.store.pool import Pool
 from services.store.ports import SourceTree
 from services.store.tier import SsdTier
 from shared.contracts.residency import Source
@@ -106,11 +107,17 @@ def local_tree(source: Source) -> SourceTree:
 
 @contextmanager
 def an_importer(
-    tier: SsdTier, *, chunk_bytes: int = 8192, threads: int = 2, fetching: bool = True, **how: Any
+    tier: SsdTier,
+    *,
+    chunk_bytes: int = 8192,
+    threads: int = 2,
+    fetching: bool = True,
+    pool: Pool | None = None,
+    **how: Any,
 ) -> Iterator[Importer]:
     """An importer of directories, with movers of its own."""
-    disk = Mover(None, threads=threads, name="disk")
-    net = Mover(None, threads=threads, name="net")
+    disk = Mover(pool, threads=threads, name="disk")
+    net = Mover(pool, threads=threads, name="net")
     fetcher = Fetcher(tier, net, own_id="here")
     arguments: dict[str, Any] = {"open_tree": local_tree, "fetcher": fetcher if fetching else None, **how}
     importer = Importer(tier, disk=disk, net=net, chunk_bytes=chunk_bytes, **arguments)

@@ -22,11 +22,12 @@ from services.store.importer import Importer, Outcome
 from services.store.local import LocalTree
 from services.store.manifest import DTYPES, decode_stored
 from services.store.mover import Mover
+from services.store.pool import Pool
 from services.store.ports import Peer, SourceTree
 from services.store.source_model import open_model
 from services.store.tier import SsdTier
 from shared.contracts.manifest import Manifest, padded_bytes
-from shared.contracts.residency import Source
+from shared.contracts.residency import Extent, Source, arrival_word
 from shared.errors import Code, HearthError
 from tests.unit.store.sources import CONFIG, LLAMA, Tensors, an_importer, make_source, safetensors
 
@@ -112,6 +113,26 @@ def test_the_same_content_is_the_same_checkpoint(tier: SsdTier, tmp_path: Path) 
     assert copy.stored == first.stored
     assert len({first.stored.id, other.stored.id, template.stored.id}) == 3
     assert template.stored.checkpoint.has_chat_template
+
+
+@pytest.mark.parametrize("form", ["hugging face", "hearth"])
+def test_what_is_imported_is_in_the_pool_at_the_same_time(
+    tier: SsdTier, tmp_path: Path, hearth_form: Path, form: str
+) -> None:
+    pool = Pool.open(tmp_path, prefix="t", server_id="s", chunk_bytes=CHUNK, chunk_count=16)
+    extents = [Extent(offset=8 * CHUNK, length=3 * CHUNK), Extent(offset=0, length=6 * CHUNK)]
+    url = str(hearth_form if form == "hearth" else tmp_path / "m")
+    with an_importer(tier, pool=pool) as importer:
+        outcome = importer.run(Source(url=url), extents=extents, tag=7, progressed=lambda done, total: None)
+    assert outcome.in_dram
+    image = Path(outcome.stored.directory, "model.safetensors").read_bytes().ljust(outcome.stored.image_bytes, b"\0")
+    there = b"".join(pool.memory[one.offset : one.offset + one.length] for one in extents)
+    assert there[: len(image)] == image
+    board = pool.path.read_bytes()[pool.board_offset :][: 16 * 8]
+    words = [int.from_bytes(board[at : at + 8], "little") for at in range(0, len(board), 8)]
+    used = [8, 9, 10, 0, 1, 2, 3, 4, 5][: -(-len(image) // CHUNK)]
+    assert [index for index, word in enumerate(words) if word == arrival_word(7, 0)] == sorted(used)
+    pool.close(keep=False)
 
 
 def test_only_what_belongs_to_the_model_is_copied(tier: SsdTier, tmp_path: Path) -> None:
