@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -246,23 +247,39 @@ class Importer:
         with disk_errors(f"{redact(source.url)} cannot be imported"):
             asked = peers() if self._fetcher is not None else ()
             known = self._of_peers(checkpoint_id, asked)
+            kept: StoredCheckpoint | None = None  # what peers have given of the checkpoint, before they were lost
             if known is not None and any(peer.whole for peer in asked):
                 try:
                     return fetch(*known, None)
                 except HearthError as error:
                     if error.failure.code not in _ELSEWHERE:
                         raise
+                    kept = error.kept if isinstance(error, FetchInterrupted) else None
                 known = None  # what they could give is here; the rest is at the source
             try:
                 with self._opened(source) as tree:
                     if self._is_fetched(tree):
-                        return fetch(*self._of_tree(tree, source), tree)
-                    return self._convert(tree, source, key, priority, extents, tag, progressed)
+                        outcome = fetch(*self._of_tree(tree, source), tree)
+                    else:
+                        outcome = self._convert(tree, source, key, priority, extents, tag, progressed)
             except HearthError as error:
-                if known is None or isinstance(error, FetchInterrupted) or error.failure.code not in _ELSEWHERE:
+                if isinstance(error, FetchInterrupted):
+                    self._drop_other(kept, error.kept)
+                    raise
+                if kept is not None:
+                    raise FetchInterrupted(error.failure, kept) from error
+                if known is None or error.failure.code not in _ELSEWHERE:
                     raise
                 # The source is out of reach: what the peers have together may be enough.
                 return fetch(*known, None)
+            self._drop_other(kept, outcome.stored)
+            return outcome
+
+    def _drop_other(self, kept: StoredCheckpoint | None, stored: StoredCheckpoint | None) -> None:
+        """Remove a part of a checkpoint that the source is not any more: nobody will go on from it."""
+        if kept is not None and (stored is None or stored.id != kept.id):
+            with suppress(HearthError):
+                self._tier.remove(Path(kept.directory))
 
     def _convert(
         self,

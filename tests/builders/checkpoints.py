@@ -20,6 +20,7 @@ from shared.contracts.manifest import (
     padded_bytes,
 )
 from shared.contracts.residency import Source
+from tests.unit.store.sources import CONFIG
 
 WEIGHTS = "model.safetensors"
 
@@ -35,7 +36,7 @@ def make_checkpoint(
     weights = head + choose.randbytes(sum(tensor.bytes for tensor in tensors.values()))
     (directory / WEIGHTS).write_bytes(weights)
     small = {
-        "config.json": json.dumps({"architectures": ["LlamaForCausalLM"], "seed": seed}).encode(),
+        "config.json": json.dumps({**CONFIG, "seed": seed}).encode(),
         "tokenizer.json": b'{"version": "1.0"}',
     }
     for name, data in small.items():

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from services.store.fetch import Fetched, Fetcher, FetchInterrupted
+from services.store.importer import Importer, Outcome
 from services.store.mover import Mover
 from services.store.peer_server import PeerServer
 from services.store.peer_tree import NotYet, PeerTree
@@ -27,6 +28,7 @@ from services.store.ports import Peer, Progressed, SourceTree
 from services.store.routes import Patience
 from services.store.tier import SsdTier
 from shared.contracts.manifest import MANIFEST_NAME, Manifest
+from shared.contracts.residency import Source
 from shared.errors import Code, HearthError
 from tests.builders.checkpoints import WEIGHTS, make_checkpoint
 from tests.unit.store.test_fetch import Directory, same
@@ -231,6 +233,42 @@ def test_without_source_and_peers_a_part_is_kept(tmp_path: Path, source: tuple[P
         outcome = b.run(manifest, data, Directory(root), list)
         assert outcome.kept_bytes == kept.arrived_bytes
         assert same(Path(outcome.stored.directory), root)
+
+
+def test_when_peers_are_lost_and_the_source_is_out_of_reach_the_part_is_accounted_for(
+    tmp_path: Path, source: tuple[Path, Manifest, bytes]
+) -> None:
+    root, manifest, _ = source
+    id = manifest.checkpoint.checkpoint_id
+    other = make_checkpoint(tmp_path / "other", chunks=4, chunk_bytes=CHUNK, seed=5)
+    found: list[Path] = []
+
+    def open_tree(_: Source) -> SourceTree:
+        if not found:
+            raise HearthError(Code.CHECKPOINT_UNAVAILABLE, "The source is out of reach.")
+        return Directory(found[0])
+
+    with stores(tmp_path, "a", "b") as (a, b):
+        place = fill(a, root, manifest)
+        os.truncate(place / WEIGHTS, 12 * CHUNK)
+        known = a.peer(id)
+        importer = Importer(
+            b.tier, open_tree=open_tree, disk=b.mover, net=b.mover, fetcher=b.fetcher, chunk_bytes=CHUNK
+        )
+
+        def run(key: str) -> Outcome:
+            return importer.run(
+                Source(url="s3://bucket/m"), checkpoint_id=id, peers=lambda: known, key=key,
+                progressed=lambda done, total: None,
+            )  # fmt: skip
+
+        with pytest.raises(FetchInterrupted, match="out of reach") as caught:
+            run("first")
+        assert caught.value.kept is not None
+        assert [stored.id for stored in b.tier.scan()[0]] == [id]
+        found.append(tmp_path / "other")  # the source is another checkpoint by now
+        assert run("second").stored.id == other.checkpoint.checkpoint_id
+        assert [stored.id for stored in b.tier.scan()[0]] == [other.checkpoint.checkpoint_id]
 
 
 def test_a_store_that_is_killed_at_half_goes_on_from_there(
