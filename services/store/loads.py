@@ -34,6 +34,7 @@ from shared.errors import Code, Failure
 ROOM_GRACE_S: Final = 1.0  # a load whose room is leased waits this long: the release may be on its way
 WINDOW_CHUNKS: Final = 8  # enough for the copying side to work on some while the disk fills others
 WINDOW_CHUNKS_LEAST: Final = 2
+STREAMS_LIMIT: Final = 8  # images that stream at once: each has a job, and all share one disk
 PIN_RETRY_S: Final = 30.0  # a pinned checkpoint that could not be brought into DRAM is tried again after this
 
 
@@ -232,6 +233,12 @@ class Loads:
 
     def _window(self) -> tuple[Extent, ...] | Failure:
         """Chunks for a window, fewer if there are not more."""
+        if len(self._tiers.dram.streams) >= STREAMS_LIMIT:
+            return Failure(
+                code=Code.NO_CAPACITY,
+                message=f"{STREAMS_LIMIT} images stream through the DRAM pool of {self._tiers.server_id} already.",
+                retry_after_s=5.0,
+            )
         chunks = min(WINDOW_CHUNKS, self._tiers.dram.allocator.chunk_count)
         while True:
             found = self._room.in_dram(chunks * self._tiers.chunk_bytes)
@@ -254,8 +261,8 @@ class Loads:
         allocator = self._tiers.dram.allocator
         room = allocator.free_chunks * allocator.chunk_bytes
         room += sum(one.room_bytes for one in self._room.dram_candidates())
-        room += sum(other.copy.allocated_bytes for other in lesser if other.copy is not None)
-        if room >= needed_bytes:
+        with_theirs = room + sum(other.copy.allocated_bytes for other in lesser if other.copy is not None)
+        if room < needed_bytes <= with_theirs:
             for other in lesser:
                 if not other.stopped:
                     other.stopped = True

@@ -22,7 +22,7 @@ from services.store.events import (
     SetPriority,
     StopJob,
 )
-from services.store.loads import ROOM_GRACE_S, WINDOW_CHUNKS
+from services.store.loads import ROOM_GRACE_S, STREAMS_LIMIT, WINDOW_CHUNKS
 from services.store.wants import INTEREST_S
 from shared.contracts.residency import Arrival, Consumed, Import, Imported, Lease, Progress, Release, Renew, Renewed
 from shared.errors import Code, Failure
@@ -217,6 +217,15 @@ def test_every_caller_has_a_window_of_its_own_as_long_as_there_is_room() -> None
     for read in (desk.take(ReadImage), desk.take(ReadImage)):
         desk.post(ReadFailed(read.job, BROKEN))
     assert (desk.core.lease_count, desk.core.dram_used_bytes) == (0, 0)
+
+
+def test_only_so_many_images_stream_at_once() -> None:
+    desk = Desk(stored("big", 200), dram_chunks=100)
+    for number in range(STREAMS_LIMIT):
+        assert isinstance(desk.acquire("big", f"c{number}", holder=f"w{number}", arriving=True, ttl_s=60), Lease)
+    assert desk.acquire("big", "late", holder="late", arriving=True, wait_s=9) is None
+    desk.after(ROOM_GRACE_S)
+    assert desk.last("late").code is Code.NO_CAPACITY
 
 
 def test_what_cannot_be_shown_to_arrive_cannot_stream() -> None:
