@@ -30,8 +30,10 @@ TUNING_NAME: Final = "tuning.json"
 VERSION: Final = 1
 THREADS: Final = (4, 2, 8, 1)  # the likeliest first: a slow disk leaves no time for all
 BLOCK_BYTES: Final = (CHUNK_BYTES, 4 << 20, 1 << 20)
+START_BLOCK_BYTES: Final = BLOCK_BYTES[:2]  # at a start there is time for two turns of these; smaller ones cost more
 NEAR: Final = 0.03  # of the fastest: further below, it is slower
 NEAR_LIMIT: Final = 0.3  # however much the disk varies
+NEAR_UNKNOWN: Final = 0.15  # when there was no time to find out how much it varies
 ALIKE: Final = 1.1  # of the least processor time: that near, it is alike
 BUDGET_S: Final = 0.9  # of reading; opening, writing a sample and the last turn come on top
 SAMPLE_BYTES: Final = 128 << 20  # a temporary file when nothing is stored; and the least that a file must have
@@ -98,9 +100,12 @@ def choose(table: Sequence[Setting], near: float = NEAR) -> Setting:
 
 
 def noise(rates: Iterable[Sequence[float]]) -> float:
-    """How much the disk varies by itself: the median, over settings, of how far their turns lie from their middle."""
+    """How much the disk varies by itself: the median, over settings, of how far their turns lie from their middle.
+
+    `NEAR_UNKNOWN` when no setting had two turns.
+    """
     spreads = sorted((max(turns) - min(turns)) / (max(turns) + min(turns)) for turns in rates if len(turns) > 1)
-    return spreads[len(spreads) // 2] if spreads else 0.0
+    return spreads[len(spreads) // 2] if spreads else NEAR_UNKNOWN
 
 
 def tune(store_dir: Path, *, chunk_bytes: int = CHUNK_BYTES, remember: bool = True) -> Tuning:
@@ -123,7 +128,7 @@ def tune(store_dir: Path, *, chunk_bytes: int = CHUNK_BYTES, remember: bool = Tr
             path = sample or stack.enter_context(temporary_sample(store_dir))
             if path is None:
                 return DEFAULT
-            measured = measure(path, chunk_bytes=chunk_bytes)
+            measured = measure(path, chunk_bytes=chunk_bytes, blocks=START_BLOCK_BYTES)
     except (OSError, HearthError):
         return DEFAULT
     tuning = msgspec.structs.replace(measured, device=device, filesystem=filesystem, temporary=sample is None)
@@ -254,6 +259,7 @@ def measure(
     budget_s: float = BUDGET_S,
     span_bytes: int = SPAN_BYTES,
     laps: int = 1_000,
+    blocks: Sequence[int] = BLOCK_BYTES,
     verify: bool = True,
 ) -> Tuning:
     """Read a file with every setting, in turn, for about `budget_s` or so many laps; what each achieved, which is best.
@@ -262,7 +268,7 @@ def measure(
     all of them alike. On a slow disk not all have a turn. Without `verify` the checksum is left out. Raises OSError,
     and `HearthError` if the file is cut meanwhile.
     """
-    blocks = list(dict.fromkeys(min(block, chunk_bytes) for block in BLOCK_BYTES))
+    blocks = list(dict.fromkeys(min(block, chunk_bytes) for block in blocks))
     tallies = {(threads, block): Tally() for block in blocks for threads in THREADS}
     with contextlib.closing(Reader(path, max(THREADS), chunk_bytes)) as reader:
         over = time.perf_counter() + budget_s
