@@ -30,8 +30,8 @@ IMPORTERS: Final[dict[str, str]] = {
     "structlog": r"shared/log\.py",
     "torch": r"services/(worker/(engine|sampling|loader|tensors|penalties|cache|attach)\w*|store/convert)\.py",
     "transformers": r"services/(worker/(engine|sampling|loader|tokenizer|attach)\w*|store/convert)\.py",
-    # the worker: only the class of the errors that transformers raises for configs
     "obstore": r"services/store/object(s|_tree|_writer)\.py",
+    # the worker: only the class of the errors that transformers raises for configs
     "huggingface_hub": r"services/(store/\w+|worker/engine)\.py",
 }
 # Calls that make a task nobody owns.
