@@ -111,10 +111,16 @@ def open_model(tree: SourceTree) -> SourceModel:
 
 def read_small_files(tree: SourceTree, model: SourceModel) -> dict[str, bytes]:
     """The files besides the weights (name → content)."""
-    found: dict[str, bytes] = {}
-    for name in model.small_files:
-        found[name] = tree.read_small(name, SMALL_LIMIT_BYTES - sum(map(len, found.values())))
-    return found
+    left_bytes = SMALL_LIMIT_BYTES  # what is listed may not be what is there
+
+    def read(name: str) -> bytes:
+        nonlocal left_bytes
+        data = tree.read_small(name, max(0, left_bytes))
+        left_bytes -= len(data)
+        return data
+
+    names = list(model.small_files)
+    return dict(zip(names, _each(tree, names, read), strict=True))
 
 
 def read_headers(tree: SourceTree, files: list[str]) -> list[dict[str, HeaderTensor]]:
