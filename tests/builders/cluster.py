@@ -125,6 +125,8 @@ class Cluster:
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
+        for left in Path("/dev/shm").glob(f"hearth-{self.prefix}-*"):  # pools outlive their stores, for the next ones
+            left.unlink(missing_ok=True)
 
     def _ready(self, workers: int) -> bool:
         for name, process in self.processes.items():
