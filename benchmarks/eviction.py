@@ -101,9 +101,6 @@ class Policy(Protocol):
     def choose(self, candidates: Sequence[Held], needed: int, now: float) -> list[int] | None:
         """Who goes so that this many bytes become free; None if all would not do."""
 
-    def left(self, model: int) -> None:
-        """The tier does not hold it any more."""
-
 
 @dataclass
 class Ranked:
@@ -116,9 +113,6 @@ class Ranked:
     def used(self, held: Held, now: float, next_s: float) -> None:
         """See `Policy`."""
         self.note(held, now, next_s)
-
-    def left(self, model: int) -> None:
-        """See `Policy`. What is known about it is kept."""
 
     def choose(self, candidates: Sequence[Held], needed: int, now: float) -> list[int] | None:
         """See `Policy`."""
@@ -201,13 +195,10 @@ class Hearth:
         chosen = choose_victims(rows, needed)
         return None if chosen is None else [one.key for one in chosen]
 
-    def left(self, model: int) -> None:
-        """See `Policy`."""
-
 
 @dataclass
 class HearthSsd:
-    """The same books, for the SSD tier: a use is counted once, and what leaves this tier is forgotten."""
+    """The same books, for the SSD tier: a use is counted once."""
 
     books: Hearth
 
@@ -217,10 +208,6 @@ class HearthSsd:
     def choose(self, candidates: Sequence[Held], needed: int, now: float) -> list[int] | None:
         """See `Policy`."""
         return self.books.choose(candidates, needed, now)
-
-    def left(self, model: int) -> None:
-        """See `Policy`."""
-        self.books.uses.forget(model)
 
 
 def hearth() -> tuple[Policy, Policy]:
@@ -280,7 +267,6 @@ class Tier:
         """It is not held any more."""
         if self.ready.pop(model, None) is not None:
             self.used_bytes -= self.sizes[model]
-            self.policy.left(model)
 
 
 @dataclass

@@ -28,8 +28,18 @@ def test_a_use_counts_half_after_a_half_life() -> None:
     uses.record("m", 100.0)
     assert uses.rate("m", 100.0) == pytest.approx(1.5 * math.log(2) / 100)
     assert (uses.rate("other", 0.0), uses.last("other"), uses.last("m")) == (0.0, None, 100.0)
-    uses.forget("m")
-    assert uses.rate("m", 100.0) == 0.0
+
+
+def test_the_least_used_are_forgotten_when_there_are_too_many() -> None:
+    uses: Uses[str] = Uses(remembered=4)
+    for key in ("a", "a", "a", "b", "c", "c", "d"):
+        uses.record(key, 0.0)
+    assert uses.last("b") == 0.0
+
+    uses.record("e", 1.0)
+
+    known = {key for key in "abcde" if uses.last(key) is not None}
+    assert known == {"a", "c", "e"}
 
 
 def test_a_steady_rate_is_found_again() -> None:
