@@ -213,7 +213,7 @@ def test_a_peer_that_dies_is_done_without(tmp_path: Path, source: tuple[Path, Ma
 
         outcome = b.run(manifest, data, Directory(root), lambda: known, progressed)
         assert same(Path(outcome.stored.directory), root)
-        assert outcome.remote_bytes > 0
+        assert outcome.remote_bytes + outcome.peer_bytes == manifest.image_bytes()
         assert closing.locked()
 
 
