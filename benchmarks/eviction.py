@@ -26,12 +26,13 @@ import random
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from benchmarks.plots import lines
 from benchmarks.report import percentile, show, write
-from services.store.eviction import Candidate, Uses, choose_victims
+from services.store.eviction import HALF_LIFE_S, Candidate, Uses, choose_victims
 
 TRACE: Final = Path(__file__).parent / "data" / "azure_functions_2019_100.csv"
 GB: Final = 10**9
@@ -210,9 +211,9 @@ class HearthSsd:
         return self.books.choose(candidates, needed, now)
 
 
-def hearth() -> tuple[Policy, Policy]:
+def hearth(half_life_s: float = HALF_LIFE_S) -> tuple[Policy, Policy]:
     """For DRAM and SSD."""
-    books = Hearth()
+    books = Hearth(Uses(half_life_s))
     return books, HearthSsd(books)
 
 
@@ -388,8 +389,12 @@ def main() -> None:
     parser.add_argument("--hub-part", type=float, default=0.2, help="part of the models that come from there")
     parser.add_argument("--dram-gb", default="64,128,256,512", help="sizes of the DRAM pool")
     parser.add_argument("--ssd-gb", default="512,1024,4096", help="capacities of the SSD tier")
+    parser.add_argument("--half-lives-s", default="", help="further half-lives of Hearth's policy, to compare")
     parser.add_argument("--no-plot", action="store_true")
     options = parser.parse_args()
+    policies = dict(POLICIES)
+    for half_life in filter(None, options.half_lives_s.split(",")):
+        policies[f"Hearth, half-life {half_life} s"] = partial(hearth, float(half_life))
     seeds = range(1 if options.quick else options.seeds)
     table = counts()
     draws = [
@@ -410,7 +415,7 @@ def main() -> None:
     for ssd_gb in [float(size) for size in options.ssd_gb.split(",")]:
         for dram_gb in [float(size) for size in options.dram_gb.split(",")]:
             means: dict[str, dict[str, float]] = {}
-            for name, make in POLICIES.items():
+            for name, make in policies.items():
                 found = [
                     replay(
                         trace, fleet, make, dram_bytes=int(dram_gb * GB), ssd_bytes=int(ssd_gb * GB),
