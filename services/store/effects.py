@@ -66,6 +66,7 @@ class Effects:
         self._looks = ThreadPoolExecutor(LOOK_THREADS, thread_name_prefix="look")
         self._changes = ThreadPoolExecutor(1, thread_name_prefix="tier")
         self._told_of_buffered_reads = False
+        self._closed = False
 
     async def do(self, action: e.Action) -> e.Event | None:
         """Carry out one long action; the event that it ends in."""
@@ -109,6 +110,7 @@ class Effects:
 
     async def close(self) -> None:
         """End everything; blocks no longer than a chunk takes."""
+        self._closed = True
         self._means.importer.close()
         self._means.exporter.close()
         threads = (self._jobs, self._looks, self._changes)
@@ -178,6 +180,7 @@ class Effects:
             in_dram=outcome.in_dram,
             peer_bytes=outcome.peer_bytes,
             moved_bytes=outcome.moved_bytes,
+            waited_s=outcome.waited_s,
         )
 
     # -- checkpoints in the SSD tier -----------------------------------------------------------------------------
@@ -314,6 +317,8 @@ class Effects:
             self._warn("pins.unsaved", error.failure.message)
 
     async def _on(self, thread: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        if self._closed:  # the end of one piece of work may ask for another, such as a quarantine
+            raise HearthError(Code.DRAINING, "The store is shutting down.")
         return await asyncio.get_running_loop().run_in_executor(thread, work)
 
 

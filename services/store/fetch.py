@@ -50,7 +50,7 @@ class Fetched:
 
     `existing`: the checkpoint was whole here already. `remote_bytes` came from the origin, `peer_bytes` from other
     stores, `kept_bytes` were here from an earlier attempt and still sound. `moved_bytes` is all that went through the
-    mover. `in_dram`: every chunk lies in the extents that were given.
+    mover. `in_dram`: every chunk lies in the extents that were given. `waited_s` of `seconds` it stood behind others.
     """
 
     stored: StoredCheckpoint
@@ -61,6 +61,7 @@ class Fetched:
     moved_bytes: int
     seconds: float
     in_dram: bool
+    waited_s: float = 0.0
 
 
 class FetchInterrupted(HearthError):
@@ -286,6 +287,7 @@ class Fetcher:
             moved_bytes=report.moved_bytes,
             seconds=time.monotonic() - began,
             in_dram=bool(extents),
+            waited_s=report.waited_s,
         )
 
     def _routes(self, manifest: Manifest, tree: SourceTree | None) -> Routes:

@@ -242,6 +242,7 @@ class Importer:
                 peer_bytes=fetched.peer_bytes,
                 moved_bytes=fetched.moved_bytes,
                 in_dram=fetched.in_dram,
+                waited_s=fetched.waited_s,
             )
 
         with disk_errors(f"{redact(source.url)} cannot be imported"):

@@ -75,11 +75,10 @@ class Pool:
         self.removed = removed
         self._file = file
         self._map = mmap.mmap(file, self.segment_bytes)
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._map.close)
             self._touch()
-        except BaseException:
-            self._map.close()
-            raise
+            undo.pop_all()
         whole = memoryview(self._map)
         self.memory = whole[: self.data_bytes]
         self._board = whole[self.data_bytes : self.data_bytes + 8 * chunk_count].cast("Q")
