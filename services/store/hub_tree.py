@@ -51,10 +51,12 @@ class HubTree:
         self._stop = threading.Event()
         self._free = threading.BoundedSemaphore(connections)
         self._places: dict[str, str] = {}
-        with _clear_errors(self._repository, revision):
+        with _clear_errors(self._repository, revision), _expected_answers(self._repository):
             info = self._api.model_info(self._repository, revision=revision, files_metadata=True, timeout=TIMEOUT_S)
-        self._commit = str(info.sha)
-        files = {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
+            if not isinstance(info.sha, str) or not info.sha:
+                raise ValueError("no commit")
+            self._commit = info.sha
+            files = {str(file.rfilename): int(file.size or 0) for file in info.siblings or ()}
         top = {name: size for name, size in sorted(files.items()) if name and "/" not in name and "\\" not in name}
         if len(top) > MOST_FILES:
             raise HearthError(Code.TOO_LARGE, f"{self._repository} has {len(top)} files, more than {MOST_FILES}.")
@@ -144,7 +146,9 @@ class HubTree:
         place = self._places.get(name)
         if place is None:
             url = hf_hub_url(self._repository, name, revision=self._commit, endpoint=self._api.endpoint)
-            found = get_hf_file_metadata(url, timeout=TIMEOUT_S, endpoint=self._api.endpoint, retry_on_errors=True)
+            with _expected_answers(self._repository):
+                found = get_hf_file_metadata(url, timeout=TIMEOUT_S, endpoint=self._api.endpoint, retry_on_errors=True)
+                _origin(found.location)
             if found.size is not None and found.size != self._files[name]:
                 raise self._bad_server(name, f"says {found.size} bytes and {self._files[name]} bytes")
             place = self._places[name] = found.location
@@ -205,6 +209,18 @@ def _clear_errors(repository: str, revision: str | None) -> Iterator[None]:
         raise HearthError(Code.INVALID_REQUEST, f"{repository!r} is no name of a repository.") from error
     except (_TransportError, OSError) as error:
         message = f"The Hugging Face hub cannot be reached for {repository} ({_reason(error)})."
+        raise HearthError(Code.CHECKPOINT_UNAVAILABLE, message) from error
+
+
+@contextmanager
+def _expected_answers(repository: str) -> Iterator[None]:
+    """What huggingface_hub trips over in an answer that is none of the hub's: a proxy's page, half a mirror."""
+    try:
+        yield
+    except (errors.HFValidationError, OSError):
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        message = f"What answers for {repository} is not the Hugging Face hub ({type(error).__name__})."
         raise HearthError(Code.CHECKPOINT_UNAVAILABLE, message) from error
 
 

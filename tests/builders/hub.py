@@ -19,7 +19,8 @@ class FakeHub:
 
     With `network` files come from a second port (the content network) at urls with a signature. `expire()` makes all
     signatures so far worthless. `cut_after` ends the next bodies after that many bytes each; `statuses` are answered
-    instead of the next bodies; `whole` ignores ranges. `asked`: (method, path, Range, Authorization) of all requests.
+    instead of the next bodies; `whole` ignores ranges; `rubbish` is what the hub answers to
+    everything. `asked`: (method, path, Range, Authorization) of all requests.
     """
 
     def __init__(self, root: Path, *, network: bool = False) -> None:
@@ -29,6 +30,7 @@ class FakeHub:
         self.cut_after: list[int] = []
         self.statuses: list[int] = []
         self.whole = False
+        self.rubbish = b""
         self.asked: list[tuple[str, str, str, str]] = []
         self.network_asked: list[tuple[str, str, str, str]] = []
         self.sent_bytes = 0
@@ -135,7 +137,9 @@ class _HubHandler(_Handler):
         hub = self.server.hub
         hub.asked.append(self.asked())
         path = self.path.partition("?")[0]
-        if "org/gated" in path:
+        if hub.rubbish:
+            self.send(200, hub.rubbish)
+        elif "org/gated" in path:
             self.send(403, headers={"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted."})
         elif "org/name" not in path or (
             hub.private_token and self.headers.get("Authorization") != f"Bearer {hub.private_token}"

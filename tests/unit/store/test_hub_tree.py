@@ -173,3 +173,22 @@ def test_closing_ends_what_runs(hub: FakeHub) -> None:
     thread.join(10)
     assert [error.failure.code for error in failed] == [Code.DRAINING]
     assert refusal(source, 0, 1).failure.code is Code.DRAINING
+
+
+@pytest.mark.parametrize(
+    "rubbish",
+    [
+        b"<html>Please log in</html>",
+        b"[]",
+        b"7",
+        b'{"id": 3, "siblings": 4}',
+        b'{"id": "org/name", "siblings": [{}]}',
+        b"{}",
+    ],
+)
+def test_an_answer_that_is_none_of_the_hubs_is_the_worlds_fault(hub: FakeHub, rubbish: bytes) -> None:
+    hub.rubbish = rubbish
+    with pytest.raises(HearthError) as refused:
+        tree(hub)
+    assert refused.value.failure.code is Code.CHECKPOINT_UNAVAILABLE
+    assert refused.value.failure.message.startswith("What answers for org/name is not the Hugging Face hub")
