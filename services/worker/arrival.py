@@ -145,11 +145,7 @@ class Arrivals:
         self._missing = {number: piece for number, piece in enumerate(pieces) if piece.word}
         self._total_bytes = sum(piece.length for piece in pieces)
         self._told_at: float | None = None
-
-    @property
-    def arriving(self) -> bool:
-        """Whether there ever was anything to wait for."""
-        return any(piece.word for piece in self.pieces)
+        self.arriving: Final = bool(self._missing)  # whether there ever was anything to wait for
 
     def wait(self, number: int, meanwhile: Callable[[], None] | None = None) -> None:
         """Until this piece is there; `meanwhile` is called at every look."""
@@ -181,13 +177,17 @@ class Arrivals:
 
     def pause(self) -> None:
         """Sleep for a moment; says how far the arrival is, now and then. Raises HearthError: DRAINING."""
+        self.tell()
+        self._time.sleep(POLL_S)
+
+    def tell(self) -> None:
+        """Say how far the arrival is, now and then. Raises HearthError: DRAINING (nobody wants to know any more)."""
         if self._watch.stopped:
             raise HearthError(Code.DRAINING, "The load was stopped.")
         now = self._time.now()
-        if self._told_at is None or now - self._told_at >= PROGRESS_S:
+        if self.arriving and (self._told_at is None or now - self._told_at >= PROGRESS_S):
             self._told_at = now
             self._watch.arrived(self._arrived_bytes(), self._total_bytes)
-        self._time.sleep(POLL_S)
 
     def _look(self, number: int) -> bool:
         piece = self._missing.get(number)
@@ -230,6 +230,7 @@ def stream(arrivals: Arrivals, copier: Copier, watch: LoadWatch, time: Time, *, 
             arrivals.wait(number, settle)
             copier.start(piece)
             settle()
+            arrivals.tell()  # bytes that come faster than they are copied are never waited for
         while taken < len(arrivals.pieces):
             arrivals.pause()
             settle()

@@ -329,3 +329,35 @@ def test_bytes_that_changed_while_they_were_copied_fail_the_load_and_the_copies_
     assert failed.value.failure.code is Code.CHECKPOINT_UNAVAILABLE
     assert copier.waited
     assert board.taken == []
+
+
+def slow_stream(board: Board, *, stop_after: int = 1000) -> None:
+    """Stream bytes that come faster than they are copied, which takes 30 ms for each of 40 pieces."""
+    pieces = pieces_of(arriving([1, 2], image=40 * CHUNK, window=2))
+
+    class Slow(Copier):
+        def start(self, piece: Piece) -> None:
+            super().start(piece)
+            board.now += 0.03
+            board.words[pieces[len(self.started) % 40].word_offset] = pieces[len(self.started) % 40].word
+            board.stopped = len(self.started) >= stop_after
+
+    board.words[pieces[0].word_offset] = pieces[0].word
+    copier = Slow(lambda piece: b"", looks=1)
+    stream(board.arrivals(pieces), copier, board, board.time, windowed=True)
+
+
+def test_how_far_it_is_is_told_also_while_nothing_has_to_be_waited_for() -> None:
+    board = Board()
+    slow_stream(board)
+    assert board.sleeps == 0
+    assert len(board.told) >= 1.2 / PROGRESS_S / 2
+    assert [done for _, done, _ in board.told] == sorted(done for _, done, _ in board.told)
+
+
+def test_a_copy_that_never_waits_is_stopped_too() -> None:
+    board = Board()
+    with pytest.raises(HearthError) as failed:
+        slow_stream(board, stop_after=3)
+    assert failed.value.failure.code is Code.DRAINING
+    assert board.taken[-1] == 3
