@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from services.gateway.core import Conclude, Deliver, Fail, Inform
 from shared.errors import Code, Failure
+from shared.sizes import size
 
 Piece = Deliver | Conclude | Fail | Inform
 _PIECE_BYTES = 128  # what a piece costs besides its text
@@ -43,7 +44,7 @@ class CallBuffer:
                 if self.overflow is not None:
                     self.overflow()
                     return False
-                message = f"The answer does not fit the gateway's buffer of {self._limit_bytes} bytes."
+                message = f"The answer does not fit the gateway's buffer of {size(self._limit_bytes)}."
                 piece, taken, self.over = Fail(self.call_id, Failure(code=Code.TOO_LARGE, message=message)), False, True
         elif isinstance(piece, Conclude):
             self._open_choices -= 1

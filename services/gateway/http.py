@@ -16,6 +16,7 @@ from services.gateway.rendering import REQUEST_ID_HEADER, error_body
 from services.gateway.service import Gateway
 from shared import metrics
 from shared.errors import TABLE, Code, Failure, HearthError
+from shared.sizes import size
 
 ANSWERS: Final = Counter("hearth_gateway_http_answers", "HTTP answers by status", ["status"])
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -71,7 +72,7 @@ class Shared:
             response = refuse(error.failure)
         except web.HTTPRequestEntityTooLarge:
             limit = self._gateway.settings.max_body_bytes
-            failure = Failure(code=Code.TOO_LARGE, message=f"The body is larger than the limit of {limit} bytes.")
+            failure = Failure(code=Code.TOO_LARGE, message=f"The body is larger than the limit of {size(limit)}.")
             response = refuse(failure)
         except web.HTTPMethodNotAllowed as error:
             allowed = ", ".join(sorted(error.allowed_methods))

@@ -25,6 +25,7 @@ from shared.contracts.records import ReplicaRecord, ReplicaState
 from shared.contracts.requests import Cancel, Claim, Claimed, Gone, Request
 from shared.contracts.residency import Done
 from shared.errors import Code, Failure
+from shared.sizes import size
 
 CLAIM_RETRIES_S: Final = (0.2, 0.5, 1.0)
 GATEWAY_AWAY_S: Final = 3.0  # until a request whose gateway does not answer is handed out again
@@ -280,7 +281,7 @@ class WorkerCore:
         if needed > free:
             return Failure(
                 code=Code.OUT_OF_MEMORY,
-                message=f"{needed} bytes are needed and worker {self.limits.worker_id} has {free} bytes free.",
+                message=f"{size(needed)} are needed and worker {self.limits.worker_id} has {size(max(0, free))} free.",
             )
         return None
 

@@ -29,6 +29,7 @@ from services.worker.ports import EndReason, EngineEvent, PositionLogprobs, Sequ
 from services.worker.sampling import SamplingRow, choose
 from shared.contracts.requests import Sampling
 from shared.errors import Code, Failure, HearthError
+from shared.sizes import size
 
 TRANSFORMERS: Final = "5.23"  # the version whose batching this is made for
 PAGE_TOKENS: Final = 16  # tokens of a KV block: the unit of prefix sharing
@@ -98,7 +99,7 @@ class BatchingStepper:
         if blocks < 1:
             raise HearthError(
                 Code.OUT_OF_MEMORY,
-                f"A KV cache of {kv_bytes} bytes holds not one block of this model ({block_bytes} bytes).",
+                f"A KV cache of {size(kv_bytes)} holds not one block of this model ({size(block_bytes)}).",
             )
         slice_tokens = SLICE_TOKENS_CUDA if model.device.type == "cuda" else SLICE_TOKENS_CPU
         self._attention = model.config._attn_implementation
@@ -122,7 +123,7 @@ class BatchingStepper:
                 processor = manager._create_batch_processor()
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise HearthError(
-                Code.OUT_OF_MEMORY, f"The KV cache of {blocks * block_bytes} bytes does not fit."
+                Code.OUT_OF_MEMORY, f"The KV cache of {size(blocks * block_bytes)} does not fit."
             ) from error
         except FOREIGN_ERRORS as error:
             raise HearthError(
@@ -356,10 +357,10 @@ def shrink(config: Any) -> Any:
         "query_pre_attn_scalar": head,
         "sliding_window": 4,
     }
-    for name, size in sizes.items():
+    for name, number in sizes.items():
         if isinstance(getattr(tiny, name, None), int) and not isinstance(getattr(tiny, name), bool):
             with suppress(AttributeError):  # computed from the others
-                setattr(tiny, name, size)
+                setattr(tiny, name, number)
     if kinds:
         tiny.layer_types = kinds[:layers]
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

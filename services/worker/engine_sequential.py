@@ -12,6 +12,7 @@ from services.worker.engine_thread import Submission
 from services.worker.ports import EndReason, EngineEvent, SequenceEnd, StepToken
 from services.worker.sampling import SamplingRow, choose
 from shared.errors import Code, HearthError
+from shared.sizes import size
 
 SLICE_TOKENS: Final = 128  # most tokens of one step: between two slices of a prefill it can be cancelled
 
@@ -37,7 +38,7 @@ class SequentialStepper:
     ) -> None:
         self.max_sequence_tokens = min(max_context_tokens, kv_bytes // kv_bytes_per_token)
         if self.max_sequence_tokens < 2:
-            raise HearthError(Code.OUT_OF_MEMORY, f"A KV cache of {kv_bytes} bytes holds not two tokens of this model.")
+            raise HearthError(Code.OUT_OF_MEMORY, f"A KV cache of {size(kv_bytes)} holds not two tokens of this model.")
         self.memory_bytes = self.max_sequence_tokens * kv_bytes_per_token
         self.vocab_tokens = int(model.config.get_text_config().vocab_size)
         self.eos_token_ids = frozenset(eos_token_ids)

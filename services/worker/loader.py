@@ -29,6 +29,7 @@ from services.worker.ports import UNWATCHED, AttachTimes, DeviceFacts, LoadWatch
 from services.worker.tokenizer import ModelTokenizer, Tokenizers
 from shared.contracts.residency import Lease
 from shared.errors import Code, HearthError
+from shared.sizes import size
 
 _WARM_TYPES: Final = ("llama", "qwen2", "qwen3", "opt", "gpt2", "mistral")
 
@@ -239,7 +240,7 @@ class TorchLoader:
                 buffer = torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
             except torch.OutOfMemoryError as error:
                 raise HearthError(
-                    Code.OUT_OF_MEMORY, f"{size_bytes} bytes of parameters do not fit the device."
+                    Code.OUT_OF_MEMORY, f"{size(size_bytes)} of parameters do not fit the device."
                 ) from error
             copier = DeviceCopier(bytes_at(segment.address, segment.size_bytes), buffer)
             undo.pop_all()

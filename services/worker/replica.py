@@ -38,6 +38,7 @@ from shared.contracts.placement import LoadReplica, StopReplica
 from shared.contracts.records import ReplicaRecord, ReplicaState
 from shared.contracts.residency import Consumed, Lease, LoadProgress, Progress, Release
 from shared.errors import Code, Failure
+from shared.sizes import size
 
 ACQUIRE_TRIES: Final = 6  # in a row without any answer from the store: about 6 s, then the load has failed
 RECORD_INTERVAL_S: Final = 0.2  # at most so often does a replica that falls idle write its record by itself
@@ -172,7 +173,7 @@ class Replica:
             self._keeps_lease = False
             needed += image_bytes(lease)
         if needed > free_bytes:
-            message = f"{needed} bytes are needed and worker {self._worker_id} has {free_bytes} bytes free."
+            message = f"{size(needed)} are needed and worker {self._worker_id} has {size(max(0, free_bytes))} free."
             return Failure(code=Code.OUT_OF_MEMORY, message=message)
         self.reserved_bytes = needed
         return None
@@ -223,8 +224,17 @@ class Replica:
         self.loaded = loaded
         self._waited_s = loaded.times.waited_s
         self._attach_s = max(0.0, now - self._attach_from - self._waited_s)
+        if self._copied_too_late(now):
+            message = "The lease ended while the parameters were copied."
+            return self.fail(Failure(code=Code.CHECKPOINT_UNAVAILABLE, message=message), now)
         # Who has a copy of its own does not need the store's any more; the store may make room.
         return [*self._allow(), *([] if self._keeps_lease else self._release()), *self.advance(now)]
+
+    def _copied_too_late(self, now: float) -> bool:
+        """Whether what was copied may be another checkpoint's: this process stood still for longer than its lease.
+        (Chunks of an arriving image are looked at again after each copy.)"""
+        watched = self.lease is not None and self.lease.arrival is not None
+        return not self._keeps_lease and not watched and now >= self.safe_until
 
     def attach_failed(self, failure: Failure, now: float) -> list[Action]:
         """The model cannot be attached."""

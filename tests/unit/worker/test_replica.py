@@ -120,8 +120,8 @@ def test_a_load_that_does_not_fit_is_refused_with_the_numbers() -> None:
     world.ask_load(load("r2"))
     refusal = world.ask_load(load("r3"))
     assert refusal.code is Code.OUT_OF_MEMORY
-    assert "10 bytes are needed" in refusal.message
-    assert "5 bytes free" in refusal.message
+    assert "10 B are needed" in refusal.message
+    assert "5 B free" in refusal.message
 
 
 def test_the_memory_of_a_replica_that_left_can_be_used_again() -> None:
@@ -324,6 +324,24 @@ def test_a_device_with_its_own_copy_gives_the_lease_back_at_once_and_keeps_the_l
     world.ask_stop()
     world.leave()
     assert len(some(world.actions, e.ReleaseLease)) == 1
+
+
+def test_what_was_copied_to_a_device_after_the_end_of_the_lease_is_not_used() -> None:
+    world = World(memory_total_bytes=2000, weights_on_device=True)
+    world.ask_load()
+    world.send(e.PullerOpened("r1", FakePuller()))
+    world.send(e.LeaseAnswered("r1", lease(lease_id="lease-r1")))
+    loaded = FakeLoaded()
+    world.now += 16  # this process stood still: nothing was renewed, and the store may have given the place away
+    actions = world.send(e.Attached("r1", loaded))
+    assert state(world) is ReplicaState.DRAINING
+    assert not some(actions, e.LoadFinished)
+    world.send(e.PullerClosed("r1"))
+    assert only(world.actions, e.Detach).loaded is loaded
+    world.send(e.Detached("r1"))
+    assert only(world.actions, e.ReleaseLease).message.lease_id == "lease-r1"
+    world.send(e.RecordRemoved("r1"))
+    assert only(world.actions, e.PublishFailed).message.failure.code is Code.CHECKPOINT_UNAVAILABLE
 
 
 def test_a_lost_lease_of_one_replica_leaves_the_others_alone() -> None:
