@@ -24,7 +24,8 @@ from shared.subjects import DELETE, DEPLOY
 
 POLL_S: Final = 1.0
 AWAY_S: Final = 10.0  # a scheduler that restarts is back within this
-OBJECT_STORES: Final = ("s3://", "gs://", "az://", "https://", "http://", "file://")
+WRITABLE: Final = ("s3://", "gs://", "az://", "file://")
+OBJECT_STORES: Final = (*WRITABLE[:3], "https://", "http://", "file://")
 _SOURCE_CHARS: Final = 4096
 _REVISION_CHARS: Final = 256
 
@@ -81,7 +82,8 @@ def check_url(url: str, field: str, kinds: tuple[str, ...]) -> str:
     """The url itself if it begins as one of `kinds` and carries no secret. Raises `HearthError`."""
     if not url.startswith(kinds) or len(url) > _SOURCE_CHARS or not url.isprintable():
         names = [words for kind, words in (("/", "an absolute directory"), ("hf:", "hf:ORG/NAME")) if kind in kinds]
-        stores = f"a URL beginning with {', '.join(OBJECT_STORES[:-1])} or {OBJECT_STORES[-1]}"
+        schemes = [kind for kind in kinds if kind in OBJECT_STORES]
+        stores = f"a URL beginning with {', '.join(schemes[:-1])} or {schemes[-1]}"
         raise bad(f"{field} must be {', '.join(names)} or {stores}.", field)
     if url.startswith(OBJECT_STORES):
         try:

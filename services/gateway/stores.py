@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 from aiohttp import web
 
-from services.gateway.admin import OBJECT_STORES, ProgressLine, check_source, check_url
+from services.gateway.admin import WRITABLE, ProgressLine, check_source, check_url
 from services.gateway.answers import answer_steps, encode, json_answer, read_json_body
 from services.gateway.openai import bad, decode_json
 from services.gateway.service import Gateway
@@ -208,7 +208,7 @@ class Stores:
     async def export(self, request: web.Request) -> web.StreamResponse:
         """Copy a checkpoint somewhere else, in Hearth's form."""
         body: ExportBody = decode_json(await read_json_body(request), ExportBody)
-        check_url(body.url, "url", ("/", *OBJECT_STORES))
+        check_url(body.url, "url", ("/", *WRITABLE))
         server_id, checkpoint_id = await self._named(request)
         message = Export(checkpoint_id=checkpoint_id, url=body.url, wait_s=POLL_S)
 

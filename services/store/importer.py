@@ -10,10 +10,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -27,7 +26,7 @@ from services.store.convert import (
     refuse_remote_code,
 )
 from services.store.events import PRIORITY_OPERATOR, StoredCheckpoint
-from services.store.fetch import Fetcher, FetchInterrupted
+from services.store.fetch import Fetcher
 from services.store.image_files import ImageWriter
 from services.store.manifest import (
     CASTS,
@@ -50,6 +49,7 @@ from services.store.tier import SsdTier, describe, disk_errors
 from shared.contracts.manifest import MANIFEST_NAME, Manifest, WeightFile, encode_manifest
 from shared.contracts.residency import Extent, Source
 from shared.errors import Code, HearthError
+from shared.sizes import size
 
 _HUB: Final = "hf:"
 _PEER: Final = "peer:"  # stands for a checkpoint that peers have, or nobody
@@ -223,17 +223,29 @@ class Importer:
 
         `key` and `priority` are those of the mover's job. With `extents` the image comes into these places of the DRAM
         pool at the same time, announced under `tag`. `opened` hears as soon as everything but the bytes is there, if
-        the checkpoint's id is known beforehand.
+        the checkpoint's id is known beforehand; once at most.
         """
         key = key or f"import {source.url} {source.revision} {source.dtype}"
+        is_open = False
+
+        def opens(stored: StoredCheckpoint) -> None:
+            nonlocal is_open
+            is_open = True
+            opened(stored)
+
+        def elsewhere(error: HearthError) -> bool:
+            """Whether to ask somebody else. Once others know what comes into the extents, nothing else may."""
+            return error.failure.code in _ELSEWHERE and not is_open
 
         def fetch(manifest: Manifest, data: bytes, tree: SourceTree | None) -> Outcome:
             assert self._fetcher is not None, "a manifest without a fetcher"
             self._make_sure_of(self._missing_bytes(manifest, data))
-            fetched = self._fetcher.run(
-                manifest, data, tree, peers=peers, key=key, priority=priority, extents=extents, tag=tag,
-                opened=opened, progressed=progressed,
-            )  # fmt: skip
+            named = manifest if source.url.startswith(_PEER) else msgspec.structs.replace(manifest, source=source)
+            with closing(self.repairer(named)) as at_source:
+                fetched = self._fetcher.run(
+                    manifest, data, tree, peers=peers, key=key, priority=priority, extents=extents, tag=tag,
+                    opened=opens, progressed=progressed, rescue=at_source.of_source if tree is None else None,
+                )  # fmt: skip
             return Outcome(
                 stored=fetched.stored,
                 existing=fetched.existing,
@@ -248,39 +260,23 @@ class Importer:
         with disk_errors(f"{redact(source.url)} cannot be imported"):
             asked = peers() if self._fetcher is not None else ()
             known = self._of_peers(checkpoint_id, asked)
-            kept: StoredCheckpoint | None = None  # what peers have given of the checkpoint, before they were lost
             if known is not None and any(peer.whole for peer in asked):
                 try:
                     return fetch(*known, None)
                 except HearthError as error:
-                    if error.failure.code not in _ELSEWHERE:
+                    if not elsewhere(error):
                         raise
-                    kept = error.kept if isinstance(error, FetchInterrupted) else None
-                known = None  # what they could give is here; the rest is at the source
+                known = None
             try:
                 with self._opened(source) as tree:
                     if self._is_fetched(tree):
-                        outcome = fetch(*self._of_tree(tree, source), tree)
-                    else:
-                        outcome = self._convert(tree, source, key, priority, extents, tag, progressed)
+                        return fetch(*self._of_tree(tree, source), tree)
+                    return self._convert(tree, source, key, priority, extents, tag, progressed)
             except HearthError as error:
-                if isinstance(error, FetchInterrupted):
-                    self._drop_other(kept, error.kept)
-                    raise
-                if kept is not None:
-                    raise FetchInterrupted(error.failure, kept) from error
-                if known is None or error.failure.code not in _ELSEWHERE:
+                if known is None or not elsewhere(error):
                     raise
                 # The source is out of reach: what the peers have together may be enough.
                 return fetch(*known, None)
-            self._drop_other(kept, outcome.stored)
-            return outcome
-
-    def _drop_other(self, kept: StoredCheckpoint | None, stored: StoredCheckpoint | None) -> None:
-        """Remove a part of a checkpoint that the source is not any more: nobody will go on from it."""
-        if kept is not None and (stored is None or stored.id != kept.id):
-            with suppress(HearthError):
-                self._tier.remove(Path(kept.directory))
 
     def _convert(
         self,
@@ -354,22 +350,37 @@ class Importer:
 
     # -- repair ------------------------------------------------------------------------------------------------------
 
-    def repairer(
-        self, stored: StoredCheckpoint, manifest: Manifest, peers: Callable[[], Sequence[Peer]]
-    ) -> Callable[[int, memoryview], bool]:
-        """What brings a sound chunk of a stored checkpoint: from peers, from its source in Hearth's form, or by
-        converting it again, if the source is what it was. It is verified; False if nobody has it. Thread-safe.
+    def repairer(self, manifest: Manifest, peers: Callable[[], Sequence[Peer]] = tuple) -> Repairer:
+        """What brings a sound chunk of a checkpoint: from peers, from its source in Hearth's form, or by converting it
+        again, if the source is what it was. Whoever asks for it closes it.
         """
-        return _Repairer(self, self._fetcher, manifest, peers)
+        return Repairer(self, self._fetcher, manifest, peers)
 
-    def origin_of(self, manifest: Manifest) -> ChunkOrigin | None:
-        """The source of a stored checkpoint as an origin of its chunks; None if it is something else by now."""
+    def open_origin(self, manifest: Manifest) -> tuple[SourceTree, ChunkOrigin] | None:
+        """The source of a checkpoint as an origin of its chunks; None if it is something else by now.
+
+        Its tree is handed to `let_go` by whoever asked.
+        """
         source = manifest.source
         if source is None or source.url.startswith(_PEER):
             return None
         if source.url.startswith(_HUB):  # a commit stays, wherever the branch has gone
             source = msgspec.structs.replace(source, revision=manifest.revision)
-        tree = self._open(source)
+        with ExitStack() as undo:
+            tree = undo.enter_context(self._opened(source))
+            origin = self._origin_of(tree, source, manifest)
+            if origin is None:
+                return None
+            undo.pop_all()
+            return tree, origin
+
+    def let_go(self, tree: SourceTree) -> None:
+        """A tree is not needed any more."""
+        with self._lock:
+            self._trees.discard(tree)
+        tree.close()
+
+    def _origin_of(self, tree: SourceTree, source: Source, manifest: Manifest) -> ChunkOrigin | None:
         if MANIFEST_NAME in tree.files:
             here, _ = self._of_tree(tree, source)
             same = here.checkpoint.checkpoint_id == manifest.checkpoint.checkpoint_id
@@ -403,15 +414,14 @@ class Importer:
         try:
             yield tree
         finally:
-            with self._lock:
-                self._trees.discard(tree)
-            tree.close()
+            self.let_go(tree)
 
     def _check_limit(self, image_bytes: int) -> None:
         if self._max_bytes and image_bytes > self._max_bytes:
             raise HearthError(
                 Code.TOO_LARGE,
-                f"The checkpoint has {image_bytes} bytes, and this store takes at most {self._max_bytes}.",
+                f"The checkpoint has {size(image_bytes)}, and this store takes at most {size(self._max_bytes)} "
+                "(HEARTH_MAX_CHECKPOINT_BYTES).",
             )
 
     def _make_sure_of(self, needed_bytes: int) -> None:
@@ -419,7 +429,7 @@ class Importer:
         if free_bytes < needed_bytes:
             raise HearthError(
                 Code.NO_CAPACITY,
-                f"The import needs {needed_bytes} bytes; the disk of {self._tier.root} has {free_bytes} free.",
+                f"The import needs {size(needed_bytes)}; the disk of {self._tier.root} has {size(free_bytes)} free.",
             )
 
     def _missing_bytes(self, manifest: Manifest, manifest_bytes: bytes) -> int:
@@ -445,8 +455,8 @@ class TreeOrigin:
             into[piece.at + piece.data_bytes : piece.at + piece.length] = bytes(piece.length - piece.data_bytes)
 
 
-class _Repairer:
-    """See `Importer.repairer`. The source is opened when the first chunk needs it."""
+class Repairer:
+    """See `Importer.repairer`. Thread-safe. The source is opened when the first chunk needs it."""
 
     def __init__(
         self,
@@ -461,24 +471,36 @@ class _Repairer:
         self._peers = peers
         self._lock = threading.Lock()
         self._asked = False
-        self._origin: ChunkOrigin | None = None
+        self._found: tuple[SourceTree, ChunkOrigin] | None = None
 
     def __call__(self, index: int, into: memoryview) -> bool:
+        """Fill `into` with a chunk that is as the manifest says; False if nobody has it. Raises `HearthError`."""
         peers = self._peers() if self._fetcher is not None else ()
         if self._fetcher is not None and peers and self._fetcher.take(self._manifest, index, into, peers):
             return True
+        return self.of_source(index, into)
+
+    def of_source(self, index: int, into: memoryview) -> bool:
+        """The same from the source alone."""
         origin = self._source()
         if origin is None:
             return False
         origin.read(index, into)
         return checksum(into) == self._manifest.chunks[index]
 
+    def close(self) -> None:
+        """Let go of the source; nothing is repaired any more."""
+        with self._lock:
+            found, self._found, self._asked = self._found, None, True
+        if found is not None:
+            self._importer.let_go(found[0])
+
     def _source(self) -> ChunkOrigin | None:
         with self._lock:
             if not self._asked:
-                self._origin = self._importer.origin_of(self._manifest)
+                self._found = self._importer.open_origin(self._manifest)
                 self._asked = True
-            return self._origin
+            return None if self._found is None else self._found[1]
 
 
 def _decode_foreign(data: bytes, sizes: Mapping[str, int]) -> Manifest:

@@ -33,6 +33,7 @@ from services.store.wants import Wants, is_import
 from services.store.work import Want, Work
 from shared.contracts.residency import Acquire, Extent, Prefetch, Source
 from shared.errors import Code, Failure
+from shared.sizes import size
 
 QUEUED: Final = "queued"
 PLANNING: Final = "planning"
@@ -96,8 +97,8 @@ class Imports:
             return None
         return Failure(
             code=Code.TOO_LARGE,
-            message=f"The import needs {peak_bytes} bytes; the SSD tier of {self._tiers.server_id} has "
-            f"{self._tiers.ssd.capacity_bytes}.",
+            message=f"The import needs {size(peak_bytes)}; the SSD tier of {self._tiers.server_id} is "
+            f"{size(self._tiers.ssd.capacity_bytes)}.",
         )
 
     def user_waits(self) -> bool:

@@ -20,6 +20,7 @@ from services.store.manifest import corrupt, is_file_name
 from services.store.source_model import is_small_file
 from shared.contracts.manifest import MANIFEST_NAME, PAGE_BYTES, padded_bytes
 from shared.errors import Code, HearthError
+from shared.sizes import size
 
 _VECTORS: Final = 1024  # buffers of one preadv: IOV_MAX of Linux
 _NO_DIRECT: Final = (errno.EINVAL, errno.EOPNOTSUPP)  # how file systems say that they cannot do O_DIRECT
@@ -134,7 +135,7 @@ class LocalTree:
         """See `SourceTree`."""
         size_bytes = self._listed(name).bytes
         if size_bytes > limit_bytes:
-            raise HearthError(Code.TOO_LARGE, f"{name} has {size_bytes} bytes, more than {limit_bytes}.")
+            raise HearthError(Code.TOO_LARGE, f"{name} has {size(size_bytes)}, more than {size(limit_bytes)}.")
         data = bytearray(size_bytes)
         self.read(name, 0, memoryview(data))
         return bytes(data)

@@ -29,6 +29,7 @@ from services.store.sources import redact, split_object
 from shared.backoff import delay_s
 from shared.contracts.manifest import MANIFEST_NAME, decode_manifest
 from shared.errors import Code, HearthError
+from shared.sizes import size
 
 if TYPE_CHECKING:
     from obstore import GetOptions, GetResult, ObjectMeta
@@ -139,7 +140,8 @@ class ObjectTree:
         """A whole object. Raises `too_large` above the limit."""
         size_bytes = self._entry(name).size_bytes
         if size_bytes > limit_bytes:
-            raise HearthError(Code.TOO_LARGE, f"{self._named(name)} has {size_bytes} bytes, more than {limit_bytes}.")
+            message = f"{self._named(name)} has {size(size_bytes)}, more than {size(limit_bytes)}."
+            raise HearthError(Code.TOO_LARGE, message)
         data = bytearray(size_bytes)
         if size_bytes:
             self.read(name, 0, memoryview(data))
@@ -234,7 +236,7 @@ class ObjectTree:
 
     def _small(self, name: str, entry: _Entry) -> bytes:
         if entry.size_bytes > INDEX_LIMIT_BYTES:
-            raise HearthError(Code.TOO_LARGE, f"{self._named(name)} has more than {INDEX_LIMIT_BYTES} bytes.")
+            raise HearthError(Code.TOO_LARGE, f"{self._named(name)} has more than {size(INDEX_LIMIT_BYTES)}.")
         with object_errors(self._named(name)):
             return bytes(self._get(name, entry, 0, entry.size_bytes).bytes()) if entry.size_bytes else b""
 

@@ -23,6 +23,7 @@ from services.store.pool_state import PoolState, decode_state, encode_state
 from shared.contracts.manifest import padded_bytes
 from shared.contracts.residency import FAILED_TURN, Extent, arrival_word
 from shared.errors import Code, HearthError
+from shared.sizes import size as readable
 
 STATE_SUFFIX: Final = ".state"
 _NEW_SUFFIX: Final = ".state.new"
@@ -128,7 +129,7 @@ class Pool:
             os.close(file)
             if error.errno in (errno.ENOSPC, errno.ENOMEM):
                 raise HearthError(
-                    Code.OUT_OF_MEMORY, f"{directory} has no room for a DRAM pool of {size} bytes."
+                    Code.OUT_OF_MEMORY, f"{directory} has no room for a DRAM pool of {readable(size)}."
                 ) from error
             raise
 
@@ -297,7 +298,8 @@ def _require(directory: Path, size: int) -> None:
     if free_bytes < size:
         raise HearthError(
             Code.OUT_OF_MEMORY,
-            f"The DRAM pool needs {size} bytes and {directory} has {free_bytes} free; set HEARTH_DRAM_BYTES.",
+            f"The DRAM pool needs {readable(size)} and {directory} has {readable(free_bytes)} free; "
+            "set HEARTH_DRAM_BYTES (hearth up: --dram) to less.",
         )
 
 

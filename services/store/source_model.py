@@ -13,6 +13,7 @@ from services.store.manifest import HeaderTensor, corrupt, header_bytes, is_file
 from services.store.model_config import ModelConfig, parse_config, weight_map_of
 from services.store.ports import SourceTree
 from shared.errors import Code, HearthError
+from shared.sizes import size
 
 T = TypeVar("T")
 
@@ -89,7 +90,7 @@ def open_model(tree: SourceTree) -> SourceModel:
         raise corrupt(f"{tree.url} has no config.json, so it is no model in Hugging Face's form.")
     small_files = {name: size for name, size in sorted(tree.files.items()) if is_small_file(name)}
     if sum(small_files.values()) > SMALL_LIMIT_BYTES:
-        raise HearthError(Code.TOO_LARGE, f"The files besides the weights exceed {SMALL_LIMIT_BYTES} bytes.")
+        raise HearthError(Code.TOO_LARGE, f"The files besides the weights exceed {size(SMALL_LIMIT_BYTES)}.")
     sharded = SINGLE not in tree.files and INDEX in tree.files
     index = tree.read_small(INDEX, INDEX_LIMIT_BYTES) if sharded else None
     files = weight_files(tree.files, index)

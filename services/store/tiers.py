@@ -12,6 +12,7 @@ from services.store.leases import Leases
 from services.store.outbox import Outbox
 from shared.contracts.residency import Extent
 from shared.errors import Code, Failure
+from shared.sizes import size
 
 
 @dataclass(slots=True)
@@ -61,7 +62,8 @@ class Tiers:
         """Why an image that does not fit cannot be leased as a whole."""
         return Failure(
             code=Code.TOO_LARGE,
-            message=f"The model has {image_bytes} bytes; the DRAM pool of {self.server_id} has {self.pool_bytes}.",
+            message=f"The model takes {size(image_bytes)} and the DRAM pool of {self.server_id} has "
+            f"{size(self.pool_bytes)}: it can only stream through it when it is loaded.",
         )
 
     def draining_failure(self) -> Failure:

@@ -264,7 +264,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing(
 ) -> None:
     make_source(tmp_path / "m")
     monkeypatch.setattr(tier, "free_bytes", lambda: 1000)
-    with pytest.raises(HearthError, match="has 1000 free") as refused:
+    with pytest.raises(HearthError, match="has 1000 B free") as refused:
         do_import(tier, tmp_path / "m")
     assert refused.value.failure.code is Code.NO_CAPACITY
     monkeypatch.undo()
@@ -667,7 +667,7 @@ def test_a_chunk_is_made_again_from_the_source_if_that_is_what_it_was(
         (tmp_path / "m").rename(tmp_path / "n")
     image = Path(stored.directory, "model.safetensors").read_bytes().ljust(manifest.image_bytes(), b"\0")
     with an_importer(tier) as importer:
-        repair = importer.repairer(stored, manifest, lambda: ())
+        repair = importer.repairer(manifest)
         for index in range(len(manifest.chunks)):
             wanted = image[index * CHUNK : (index + 1) * CHUNK]
             buffer = bytearray(b"?" * len(wanted))

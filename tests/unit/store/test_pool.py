@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.store import pool as pool_module
-from services.store.pool import STATE_SUFFIX, Pool, segment_bytes
+from services.store.pool import STATE_SUFFIX, Pool
 from services.store.pool_state import STATE_VERSION, CopyState, LeaseState, PoolState, encode_state
 from shared.contracts.manifest import PAGE_BYTES
 from shared.contracts.residency import Extent, Lease, arrival_word
@@ -240,7 +240,7 @@ def test_the_newest_of_several_is_adopted(tmp_path: Path) -> None:
 def test_a_pool_that_does_not_fit_names_both_numbers_and_an_adopted_one_needs_no_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(HearthError, match=f"needs {segment_bytes(2**40, 2**20)} bytes.*HEARTH_DRAM_BYTES") as refused:
+    with pytest.raises(HearthError, match=r"needs 1048576 TiB and .* free.*HEARTH_DRAM_BYTES") as refused:
         open_pool(tmp_path, chunk_bytes=2**40, chunk_count=2**20)
     assert refused.value.failure.code is Code.OUT_OF_MEMORY
     assert os.listdir(tmp_path) == []
@@ -253,7 +253,7 @@ def test_a_pool_that_does_not_fit_names_both_numbers_and_an_adopted_one_needs_no
     monkeypatch.setattr(pool_module.os, "statvfs", lambda directory: Full)
     pool = open_pool(tmp_path)
     assert pool.path == path and pool.restored is not None
-    with pytest.raises(HearthError, match="has 0 free"):
+    with pytest.raises(HearthError, match="has 0 B free"):
         open_pool(tmp_path)
     pool.close()
 

@@ -50,6 +50,7 @@ from shared.contracts.residency import (
     Renewed,
 )
 from shared.errors import Code, Failure
+from shared.sizes import size
 from tests.unit.store.desk import CHUNK, Desk, source, stored
 
 
@@ -230,8 +231,8 @@ def test_model_larger_than_the_pool_names_both_numbers() -> None:
     desk = Desk(stored("m", 9), dram_chunks=8)
     failure = desk.acquire("m")
     assert failure.code is Code.TOO_LARGE
-    assert str(9 * CHUNK) in failure.message
-    assert str(8 * CHUNK) in failure.message
+    assert size(9 * CHUNK) in failure.message
+    assert size(8 * CHUNK) in failure.message
     # It may stream all the same: importing it makes sense, if the SSD tier holds it.
     desk.post(InspectAsked(Inspect(source=source("n")), "i"))
     desk.post(SourceInspected(desk.take(InspectSource).reply, "LlamaForCausalLM", 1, 9 * CHUNK, 10))
