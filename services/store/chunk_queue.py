@@ -344,17 +344,25 @@ class ChunkQueue:
             words.append((running.slots[place], arrival_word(task.job.tag, lap)))
         return words
 
+    def has_failed(self, task: Task) -> bool:
+        """Whether the job of this chunk has failed, so that nobody wants the chunk any more."""
+        return self._running[task.job.key].failure is not None
+
     def stored(self, task: Task) -> int:
         """A chunk is everywhere where it shall be; the job's bytes done."""
         running = self._running[task.job.key]
         running.done_bytes += task.length
         return running.done_bytes
 
-    def leave(self, task: Task, now: float, *, cpu_s: float, failure: Failure | None) -> None:
-        """No thread works on this chunk any more."""
+    def spend(self, task: Task, cpu_s: float) -> None:
+        """A thread has spent processor time on a chunk, which others may have brought to its end meanwhile."""
+        if (running := self._running.get(task.job.key)) is not None:
+            running.cpu_s += cpu_s
+
+    def leave(self, task: Task, now: float, *, failure: Failure | None) -> None:
+        """No thread works on this chunk any more, and none will."""
         running = self._running[task.job.key]
         running.under_way.discard(task.index)
-        running.cpu_s += cpu_s
         if failure is not None:
             self.fail(task.job.key, failure)
         if not running.under_way:

@@ -11,7 +11,9 @@ import mmap
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 import xxhash
@@ -23,6 +25,7 @@ from shared.errors import Code, Failure, HearthError
 
 _REPAIRABLE: Final = (Code.CHECKPOINT_CORRUPT, Code.CHECKPOINT_UNAVAILABLE)
 _ENDING: Final = (Code.DRAINING, Code.CANCELLED)
+WRITERS: Final = 2  # keep a disk busy with writes
 
 
 def checksum(view: memoryview) -> str:
@@ -41,6 +44,9 @@ def checksum(view: memoryview) -> str:
 class Mover:
     """`threads` threads that carry out jobs. With a pool they may put chunks there and announce them on its board.
 
+    A chunk that has its place in the pool is given to the job's sink by threads of their own, behind the others: it
+    waits where it lies, so what comes fast is usable as fast as it comes, however slow the disk is.
+
     Memory besides the pool: one chunk per thread, while there are jobs that need it.
     """
 
@@ -51,12 +57,19 @@ class Mover:
         )
         self._condition = threading.Condition()
         self._over: dict[str, threading.Event] = {}
+        self._behind: deque[tuple[Task, memoryview]] = deque()  # chunks that their sinks have yet to get
         self._closed = False
         self._bug: BaseException | None = None
         # Daemons: a store that crashes must not wait for threads that wait for work.
         self._threads = [
-            threading.Thread(target=self._live, name=f"{name}-{number}", daemon=True) for number in range(threads)
+            threading.Thread(target=self._live, args=(self._work,), name=f"{name}-{number}", daemon=True)
+            for number in range(threads)
         ]
+        if pool is not None:
+            self._threads += [
+                threading.Thread(target=self._live, args=(self._write,), name=f"{name}-writer-{number}", daemon=True)
+                for number in range(WRITERS)
+            ]
         for thread in self._threads:
             thread.start()
 
@@ -140,14 +153,16 @@ class Mover:
             assert self._pool is not None, "extents without a pool"
             self._pool.announce(chunk, word)
 
-    def _live(self) -> None:
+    def _live(self, work: Callable[[], None]) -> None:
         try:
-            self._work()
+            work()
         finally:
             if (bug := sys.exception()) is not None:  # ours: every job ends, and `run` raises it to the top
                 with self._condition:
                     self._bug = bug
                     self._queue.fail_all(Failure(code=Code.INTERNAL, message="A thread of the mover has died."))
+                    while self._behind:
+                        self._queue.leave(self._behind.popleft()[0], time.monotonic(), failure=None)
                     for key in self._over:
                         self._wake(key)
 
@@ -162,13 +177,26 @@ class Mover:
                         bounce = _Bounce()
                     wake_at = self._queue.wake_at(now)
                     self._condition.wait(None if wake_at is None else wake_at - now)
-            self._move(task, bounce)
+            self._step(task, partial(self._carry, task, bounce))
 
-    def _move(self, task: Task, bounce: _Bounce) -> None:
+    def _write(self) -> None:
+        """Give chunks that lie in the pool to their sinks, until the mover is closed."""
+        while True:
+            with self._condition:
+                while not self._behind:
+                    if self._closed and self._queue.is_empty:
+                        return
+                    self._condition.wait()
+                task, view = self._behind.popleft()
+            self._step(task, partial(self._store, task, view))
+
+    def _step(self, task: Task, step: Callable[[], bool]) -> None:
+        """A step of moving one chunk; it returns whether the chunk is everywhere where it shall be."""
         began = time.thread_time()
+        over = True
         failure: Failure | None = Failure(code=Code.INTERNAL, message="A chunk could not be moved.")
         try:
-            self._carry(task, bounce)
+            over = step()
             failure = None
         except HearthError as error:
             failure = error.failure
@@ -176,13 +204,27 @@ class Mover:
             failure = Failure(code=Code.CHECKPOINT_UNAVAILABLE, message=f"Chunk {task.index} cannot be moved: {error}.")
         finally:
             with self._condition:
-                self._queue.leave(task, time.monotonic(), cpu_s=time.thread_time() - began, failure=failure)
-                self._wake(task.job.key)
-                if task.job.window_chunks:
-                    self._condition.notify_all()  # the place may be filled again
+                self._queue.spend(task, time.thread_time() - began)
+                if over:
+                    self._queue.leave(task, time.monotonic(), failure=failure)
+                    self._wake(task.job.key)
+                    if task.job.window_chunks:
+                        self._condition.notify_all()  # the place may be filled again
 
-    def _carry(self, task: Task, bounce: _Bounce) -> None:
-        """Bring one chunk everywhere where it shall be."""
+    def _store(self, task: Task, view: memoryview) -> bool:
+        """Give a chunk to the job's sink, unless the job has failed."""
+        with self._condition:
+            wanted = not self._queue.has_failed(task)
+        if wanted:
+            if task.job.sink is not None:
+                task.job.sink.write(task.index, view)
+            with self._condition:
+                done_bytes = self._queue.stored(task)
+            task.job.progressed(done_bytes)
+        return True
+
+    def _carry(self, task: Task, bounce: _Bounce) -> bool:
+        """Bring one chunk where it shall be; False if its sink gets it later."""
         job = task.job
         if len(task.spans) == 1:
             assert self._pool is not None, "extents without a pool"
@@ -203,11 +245,15 @@ class Mover:
         self._announce(words)
         if repaired and job.rewrite is not None:
             job.rewrite(task.index, target)
-        if job.sink is not None:
-            job.sink.write(task.index, target)
-        with self._condition:
-            done_bytes = self._queue.stored(task)
-        job.progressed(done_bytes)
+        if job.sink is not None and len(task.spans) == 1 and not job.window_chunks:
+            with self._condition:
+                behind = self._bug is None  # otherwise there may be no writer any more
+                if behind:
+                    self._behind.append((task, target))
+                    self._condition.notify_all()
+            if behind:
+                return False
+        return self._store(task, target)
 
 
 def _fill(task: Task, target: memoryview) -> tuple[str, bool]:

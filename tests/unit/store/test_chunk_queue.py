@@ -43,7 +43,7 @@ def taken(task: Task | None) -> tuple[str, int] | None:
 def complete(queue: ChunkQueue, task: Task, now: float = 0.0) -> list[tuple[int, int]]:
     words = queue.arrived(task, f"sum{task.index}", repaired=False)
     queue.stored(task)
-    queue.leave(task, now, cpu_s=0.0, failure=None)
+    queue.leave(task, now, failure=None)
     return words
 
 
@@ -149,8 +149,8 @@ def test_a_job_that_fails_announces_it_on_all_its_chunks_and_the_first_failure_c
     q.add(job(extents=(Extent(offset=5 * P, length=3 * P),), tag=7), 0)
     first, second = q.take(0), q.take(0)
     assert first is not None and second is not None
-    q.leave(first, 0, cpu_s=0.0, failure=FAILURE)
-    q.leave(second, 0, cpu_s=0.0, failure=Failure(code=Code.INTERNAL, message="later"))
+    q.leave(first, 0, failure=FAILURE)
+    q.leave(second, 0, failure=Failure(code=Code.INTERNAL, message="later"))
     assert q.is_over("a")
     _, failure, words = q.end("a", 0)
     assert failure == FAILURE
@@ -167,7 +167,8 @@ def test_skipped_chunks_count_as_there_and_are_not_announced() -> None:
     assert q.arrived(three, "y", repaired=True) == [(3, arrival_word(1, 0))]
     assert q.stored(three) == 4 * P
     for task in (one, three):
-        q.leave(task, 0, cpu_s=0.5, failure=None)
+        q.spend(task, 0.5)
+        q.leave(task, 0, failure=None)
     report, _, _ = q.end("a", 0)
     assert (report.checksums, report.moved_bytes, report.repaired) == (("", "x", "", "y"), 2 * P, (3,))
     assert report.cpu_s == 1.0

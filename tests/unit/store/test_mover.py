@@ -271,6 +271,42 @@ def test_a_bug_of_ours_is_raised_to_the_top_and_nobody_waits_for_ever(
     assert printed, "the thread's end is seen on stderr"
 
 
+def test_what_lies_in_the_pool_is_announced_however_slow_its_sink_is(pool: Pool, mover: Mover) -> None:
+    class Slow(Sink):
+        def __init__(self) -> None:
+            super().__init__()
+            self.go_on = threading.Event()
+
+        def write(self, index: int, view: memoryview) -> None:
+            assert self.go_on.wait(WAIT_S)
+            super().write(index, view)
+
+    sink, there = Slow(), threading.Event()
+    with ThreadPoolExecutor(1) as thread:
+        running = thread.submit(mover.run, job(Origin(), sink=sink))
+        while words(pool) != [arrival_word(5, 0)] * CHUNKS:
+            assert not there.wait(0.001)
+        assert image_in(pool) == IMAGE
+        assert not running.done(), "the job is over when its sink has everything"
+        sink.go_on.set()
+        report = running.result(WAIT_S)
+    assert b"".join(sink.chunks[index] for index in range(CHUNKS)) == IMAGE
+    assert report.moved_bytes == len(IMAGE)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_bug_of_every_sink_leaves_nobody_waiting(pool: Pool) -> None:
+    class Buggy:
+        def write(self, index: int, view: memoryview) -> None:
+            raise ZeroDivisionError("a bug")
+
+    mover = Mover(pool, threads=2, name="test")
+    with pytest.raises(RuntimeError, match="a thread of the mover has died"):
+        mover.run(job(Origin(), sink=Buggy()))
+    assert words(pool) == [arrival_word(5, FAILED_TURN)] * CHUNKS
+    mover.close()
+
+
 def test_who_waits_for_bytes_that_failed_before_their_job_began_is_told(pool: Pool, mover: Mover) -> None:
     mover.run(job(Origin()))
     mover.fail(EXTENTS, 5)
