@@ -7,6 +7,9 @@ pins.json                      which checkpoints are pinned, and in which tier
 .lock                          held while a store is alive
 
 Whatever appears under its final name appears by renaming, after everything in it was flushed to the disk.
+
+What a failing disk does not let us delete or set aside is nobody's checkpoint from then on, and is tried again with
+every later change.
 """
 
 from __future__ import annotations
@@ -64,6 +67,10 @@ class SsdTier:
         self._incoming = self.root / "incoming"
         self._arrivals: dict[str, Arriving] = {}
         self._arrivals_lock = threading.Lock()
+        self._names_lock = threading.RLock()  # held while directories change their names
+        self._graves: set[Path] = set()  # in `incoming`, to be deleted
+        self._unwanted: set[Path] = set()  # elsewhere, to be deleted
+        self._condemned: set[Path] = set()  # to be set aside
         with disk_errors(f"The SSD tier {self.root} cannot be used"):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.quarantined.mkdir(exist_ok=True)
@@ -74,9 +81,13 @@ class SsdTier:
         except BlockingIOError as error:
             os.close(self._lock)
             raise HearthError(Code.CONFLICT, f"Another store uses {self.root}.") from error
-        for leftover in self._incoming.iterdir():
-            with contextlib.suppress(OSError):  # of a bad disk; it is nothing's name, so nobody mistakes it
-                _delete(leftover)
+        try:
+            with disk_errors(f"The SSD tier {self.root} cannot be read"):
+                self._graves.update(self._incoming.iterdir())
+        except HearthError:
+            os.close(self._lock)
+            raise
+        self._clean_up()
 
     def close(self) -> None:
         """Let another store have the directory."""
@@ -86,6 +97,34 @@ class SsdTier:
         """Bytes that the filesystem has free for us."""
         status = os.statvfs(self.root)
         return status.f_bavail * status.f_frsize
+
+    @property
+    def unwanted(self) -> frozenset[Path]:
+        """What could not be deleted yet. It is in nobody's account."""
+        return frozenset(self._graves | self._unwanted)
+
+    def _clean_up(self) -> None:
+        """Try again to delete, or to set aside, what a failing disk has kept."""
+        with self._names_lock:
+            graves, self._graves = sorted(self._graves), set()
+            for path in sorted(self._unwanted):
+                with contextlib.suppress(HearthError):
+                    self._remove(path)
+            for path in sorted(self._condemned):
+                with contextlib.suppress(HearthError):
+                    self._move_to_quarantine(path)
+        for path in graves:
+            with contextlib.suppress(HearthError):
+                self._bury(path)
+
+    def _bury(self, grave: Path) -> None:
+        """Delete what is nobody's. Raises `HearthError`, and it is tried again later."""
+        try:
+            with disk_errors("What is left of a checkpoint cannot be deleted"):
+                _delete(grave)
+        except HearthError:
+            self._graves.add(grave)
+            raise
 
     # -- what is here ------------------------------------------------------------------------------------------------
 
@@ -100,11 +139,13 @@ class SsdTier:
         """
         found: list[tuple[float, StoredCheckpoint]] = []
         refused: list[tuple[str, str]] = []
-        for directory in sorted(self.checkpoints.iterdir()):
-            if (directory / REASON).exists():  # a crash came between the mark and the move
-                with contextlib.suppress(HearthError):
-                    self._move_to_quarantine(directory)
-        for directory in [*sorted(self.checkpoints.iterdir()), *sorted(self.quarantined.iterdir())]:
+        with disk_errors(f"The SSD tier {self.root} cannot be read"):
+            for directory in sorted(self.checkpoints.iterdir()):
+                if (directory / REASON).exists():  # a crash came between the mark and the move
+                    with contextlib.suppress(HearthError):
+                        self._move_to_quarantine(directory)
+            directories = [*sorted(self.checkpoints.iterdir()), *sorted(self.quarantined.iterdir())]
+        for directory in directories:
             try:
                 stored = self._examine(directory)
                 modified_s = (directory / MANIFEST_NAME).stat().st_mtime
@@ -157,42 +198,65 @@ class SsdTier:
     def whole(self, checkpoint_id: str) -> Path | None:
         """The directory of a checkpoint that is wholly here, or None."""
         place = self.checkpoints / checkpoint_id
+        if place in self._unwanted or place in self._condemned:
+            return None
         aside = (place / JOURNAL, place / REASON)
         return place if place.is_dir() and not any(path.exists() for path in aside) else None
+
+    def partial(self, checkpoint_id: str) -> StoredCheckpoint | None:
+        """What is here of a checkpoint that has come only in part and does not arrive right now."""
+        place = self.checkpoints / checkpoint_id
+        if not checkpoint_id or place in self._unwanted or self.arriving(checkpoint_id) is not None:
+            return None
+        try:
+            stored = describe(place, self.manifest(place))
+        except (HearthError, OSError):
+            return None
+        return stored if stored.arrived_bytes is not None and not (place / REASON).exists() else None
 
     # -- imports that are staged -------------------------------------------------------------------------------------
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
         """A fresh directory on the tier's filesystem; whatever is left of it at the end is removed."""
+        self._clean_up()
         directory = self._incoming / secrets.token_hex(8)
         with disk_errors("The SSD tier cannot be written"):
             directory.mkdir()
         try:
             yield directory
         finally:
-            if directory.exists():
-                with contextlib.suppress(OSError):  # the next start tries again
-                    _delete(directory)
+            with contextlib.suppress(HearthError):  # it is tried again
+                self._bury(directory)
 
     def publish(self, directory: Path, checkpoint_id: str) -> tuple[Path, bool]:
         """Make a staged, complete checkpoint part of the tier, durably; its place, and whether it was there already.
 
-        One of which only a part had arrived makes way.
+        One of which only a part had arrived, or that is corrupt, makes way.
         """
         with disk_errors("The checkpoint cannot be stored"):
             _sync_all(directory)
             place = self.checkpoints / checkpoint_id
-            if (place / JOURNAL).exists():
-                self.remove(place)
-            try:
-                directory.rename(place)
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-                return place, True
-            _sync(self.checkpoints)
+            with self._names_lock:
+                if place.exists() and self.whole(checkpoint_id) is None:
+                    self._remove(place)
+                try:
+                    directory.rename(place)
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+                    return place, True
+            self._keep(place)
         return place, False
+
+    def _keep(self, place: Path) -> None:
+        """Make the name of what has just come to `place` durable; if that fails, it has not come. Raises OSError."""
+        try:
+            _sync(self.checkpoints)
+        except OSError:
+            with contextlib.suppress(HearthError):
+                self.remove(place)
+            raise
 
     # -- checkpoints that arrive chunk by chunk ----------------------------------------------------------------------
 
@@ -211,9 +275,16 @@ class SsdTier:
                 raise HearthError(Code.CONFLICT, f"Checkpoint {checkpoint_id} is here already.")
             if place.exists() and not self._goes_on(place, manifest, small):
                 self.remove(place)
-            if not place.exists():
+            fresh = not place.exists()
+            if fresh:
                 self._prepare(place, manifest, manifest_bytes, small)
-            arriving = Arriving(place, manifest)
+            try:
+                arriving = Arriving(place, manifest)
+            except OSError:
+                if fresh:
+                    with contextlib.suppress(HearthError):
+                        self.remove(place)
+                raise
             self._arrivals[checkpoint_id] = arriving
         return arriving
 
@@ -247,6 +318,8 @@ class SsdTier:
 
     def _goes_on(self, place: Path, manifest: Manifest, small: Mapping[str, bytes]) -> bool:
         """Whether what is here of a checkpoint can be gone on from; small differences are put right."""
+        if {place} & (self._unwanted | self._condemned) or (place / REASON).exists() or not (place / JOURNAL).is_file():
+            return False
         try:
             here = self._decoded(place)
         except HearthError:
@@ -280,7 +353,7 @@ class SsdTier:
             _write(directory / MANIFEST_NAME, manifest_bytes)
             _sync(directory)
             directory.rename(place)
-            _sync(self.checkpoints)
+            self._keep(place)
 
     # -- changes of what is here -------------------------------------------------------------------------------------
 
@@ -290,30 +363,54 @@ class SsdTier:
             os.utime(directory / MANIFEST_NAME)
 
     def remove(self, directory: Path) -> None:
-        """Delete a checkpoint: at once for whoever looks, then its bytes. One that is gone is fine."""
+        """Delete a checkpoint: at once for whoever looks, then its bytes. One that is gone is fine.
+
+        When this fails it is no checkpoint any more, all the same, until the next start looks at what is left of it.
+        """
+        self._clean_up()
+        self._remove(directory)
+
+    def _remove(self, directory: Path) -> None:
         grave = self._incoming / secrets.token_hex(8)
         with disk_errors(f"Checkpoint {directory.name} cannot be removed"):
-            try:
-                directory.rename(grave)
-            except FileNotFoundError:
+            with self._names_lock:
+                self._unwanted.add(directory)
+                try:
+                    directory.rename(grave)
+                except FileNotFoundError:
+                    grave = directory
+                self._unwanted.discard(directory)
+                self._condemned.discard(directory)
+            if grave is directory:
                 return
-            _sync(directory.parent)
-            _delete(grave)
+            try:
+                _sync(directory.parent)
+            except OSError:
+                self._graves.add(grave)
+                raise
+        self._bury(grave)
 
     def quarantine(self, directory: Path, reason: str) -> Path:
-        """Set a corrupt checkpoint aside, with the reason, durably; where it is now. One that is aside stays there."""
+        """Set a corrupt checkpoint aside, with the reason, durably; where it is now. One that is aside stays there.
+
+        When this fails it is no checkpoint any more, all the same, in this life of the store.
+        """
         if directory.parent == self.quarantined:
             return directory
-        with disk_errors(f"Checkpoint {directory.name} cannot be set aside"):
+        self._clean_up()
+        self._condemned.add(directory)
+        with contextlib.suppress(OSError):  # a full disk has no room for a reason, but for a move
             _write(directory / REASON, reason.encode())  # from now on it is no checkpoint, whatever comes between
             _sync(directory)
         return self._move_to_quarantine(directory)
 
     def _move_to_quarantine(self, directory: Path) -> Path:
         place = self.quarantined / directory.name
-        self.remove(place)
-        with disk_errors(f"Checkpoint {directory.name} cannot be set aside"):
-            directory.rename(place)
+        with self._names_lock, disk_errors(f"Checkpoint {directory.name} cannot be set aside"):
+            if directory.exists():
+                self._remove(place)
+                directory.rename(place)
+            self._condemned.discard(directory)
             _sync(self.quarantined)
             _sync(self.checkpoints)
         return place

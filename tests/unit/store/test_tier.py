@@ -343,5 +343,7 @@ def test_what_the_disk_refuses_is_a_typed_error(tmp_path: Path, monkeypatch: pyt
                 call()
             assert caught.value.failure.code is Code.CHECKPOINT_UNAVAILABLE
         monkeypatch.undo()
-    assert os.listdir(tmp_path / "store" / "checkpoints") == [place.name]
+    assert os.listdir(tmp_path / "store" / "checkpoints") == []
+    assert os.listdir(tmp_path / "store" / "quarantine") == [place.name], "what is corrupt is aside, durably or not"
+    tier.remove(place)  # and what could not be deleted is, with the next change
     assert os.listdir(tmp_path / "store" / "incoming") == []
