@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -167,7 +167,8 @@ class Effects:
                 return e.ImportFailed(source, error.failure, kept=error.kept)
             except HearthError as error:
                 self._means.disk.fail(action.extents, action.tag)
-                return e.ImportFailed(source, error.failure)
+                kept = await self._on(self._jobs, partial(self._means.tier.partial, action.checkpoint_id))
+                return e.ImportFailed(source, error.failure, kept=kept)
         IMPORT_SECONDS.observe(outcome.seconds)
         IMPORT_BYTES.labels("source").inc(outcome.remote_bytes)
         IMPORT_BYTES.labels("peer").inc(outcome.peer_bytes)
@@ -248,7 +249,8 @@ class Effects:
         """Read a stored checkpoint; blocks. A corrupt chunk is fetched again, into the buffer and onto the SSD."""
         means, directory = self._means, Path(stored.directory)
         manifest = means.tier.manifest(directory)
-        means.tier.touch(directory)
+        with suppress(HearthError):  # a disk that has become read-only can be read
+            means.tier.touch(directory)
         repair = means.importer.repairer(stored, manifest, partial(means.peers.of, stored.id))
         try:
             with closing(StoredImage(directory, manifest, block_bytes=means.block_bytes)) as image:
@@ -300,7 +302,8 @@ class Effects:
             directory = await self._on(self._changes, quarantine)
         except HearthError as error:
             self._warn("quarantine.failed", error.failure.message)
-            return e.CheckpointQuarantined(action.checkpoint_id, action.directory)
+            # The tier tries again; what may come to the old place is another, sound copy.
+            directory = self._means.tier.quarantined / action.checkpoint_id
         return e.CheckpointQuarantined(action.checkpoint_id, str(directory))
 
     async def _remove(self, action: e.RemoveCheckpoint) -> e.Event:
