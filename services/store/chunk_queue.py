@@ -15,6 +15,7 @@ from shared.contracts.residency import FAILED_TURN, Extent, arrival_word
 from shared.errors import Code, Failure, HearthError
 
 PICK_AGAIN_S: Final = 0.02
+_LOST: Final = (Code.CANCELLED, Code.DRAINING, Code.NO_CAPACITY, Code.INTERNAL)
 ORDERS_LIMIT: Final = 256  # jobs that orders are remembered for before they begin
 
 
@@ -344,9 +345,12 @@ class ChunkQueue:
             words.append((running.slots[place], arrival_word(task.job.tag, lap)))
         return words
 
-    def has_failed(self, task: Task) -> bool:
-        """Whether the job of this chunk has failed, so that nobody wants the chunk any more."""
-        return self._running[task.job.key].failure is not None
+    def is_wanted(self, task: Task) -> bool:
+        """Whether a chunk that has arrived shall be stored: also that of a job whose other chunks did not come, for a
+        later one goes on from there, but not what was stopped, or that of a full disk.
+        """
+        failure = self._running[task.job.key].failure
+        return failure is None or failure.code not in _LOST
 
     def stored(self, task: Task) -> int:
         """A chunk is everywhere where it shall be; the job's bytes done."""

@@ -212,9 +212,9 @@ class Mover:
                         self._condition.notify_all()  # the place may be filled again
 
     def _store(self, task: Task, view: memoryview) -> bool:
-        """Give a chunk to the job's sink, unless the job has failed."""
+        """Give a chunk to the job's sink, unless nobody wants it any more."""
         with self._condition:
-            wanted = not self._queue.has_failed(task)
+            wanted = self._queue.is_wanted(task)
         if wanted:
             if task.job.sink is not None:
                 task.job.sink.write(task.index, view)

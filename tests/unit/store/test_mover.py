@@ -543,3 +543,23 @@ def test_from_file_to_pool_and_file(tmp_path: Path, threads: int) -> None:
         assert (tmp_path / "new" / file.name).read_bytes() == (tmp_path / "old" / file.name).read_bytes()
     for one in (stored, writer, mover, pool):
         one.close()
+
+
+@pytest.mark.parametrize("extents", [EXTENTS, ()], ids=["pool", "buffer"])
+def test_what_has_arrived_when_another_chunk_fails_is_stored_all_the_same(
+    mover: Mover, extents: tuple[Extent, ...]
+) -> None:
+    """So a fetch that is cut off loses what was in flight and no more."""
+    failed, sink = threading.Event(), Sink()
+
+    def before(index: int, into: memoryview) -> None:
+        if index == 1:
+            failed.set()
+            raise HearthError(Code.CHECKPOINT_UNAVAILABLE, "cut")
+        assert failed.wait(WAIT_S)
+        while mover._queue._running["a"].failure is None:
+            threading.Event().wait(0.001)
+
+    with pytest.raises(HearthError, match="cut"):
+        mover.run(job(Origin(before=before), extents=extents, sink=sink))
+    assert sink.chunks == {0: IMAGE[:CHUNK]}
