@@ -251,9 +251,11 @@ class Effects:
         manifest = means.tier.manifest(directory)
         with suppress(HearthError):  # a disk that has become read-only can be read
             means.tier.touch(directory)
-        repair = means.importer.repairer(stored, manifest, partial(means.peers.of, stored.id))
         try:
-            with closing(StoredImage(directory, manifest, block_bytes=means.block_bytes)) as image:
+            with (
+                closing(means.importer.repairer(manifest, partial(means.peers.of, stored.id))) as repair,
+                closing(StoredImage(directory, manifest, block_bytes=means.block_bytes)) as image,
+            ):
                 job = Job(
                     key=key,
                     priority=priority,
@@ -287,8 +289,8 @@ class Effects:
 
         def export() -> None:
             manifest = means.tier.manifest(Path(stored.directory))
-            repair = means.importer.repairer(stored, manifest, partial(means.peers.of, stored.id))
-            means.exporter.run(stored, manifest, url, key=action.job, repair=repair, progressed=progressed)
+            with closing(means.importer.repairer(manifest, partial(means.peers.of, stored.id))) as repair:
+                means.exporter.run(stored, manifest, url, key=action.job, repair=repair, progressed=progressed)
 
         try:
             await self._on(self._jobs, export)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from services.store.arriving import Arriving, chunk_bytes_of
@@ -36,12 +36,14 @@ from shared.contracts.residency import Extent
 from shared.errors import Code, Failure, HearthError
 
 SMALL_LIMIT_BYTES: Final = 256 * 2**20
+RESCUE_AFTER_S: Final = 5.0  # without progress: then the source is opened that was spared as long as peers gave enough
 SCOUT_S: Final = 0.25  # between two looks at the peers and what they have; they are few and the answers are small
 _BUSY: Final = (Code.BUSY, Code.RATE_LIMITED, Code.QUEUE_FULL)
 _LOST: Final = (Code.CHECKPOINT_UNAVAILABLE, Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED, Code.INTERNAL)
 _ENDING: Final = (Code.DRAINING, Code.CANCELLED)
 
 Peers = Callable[[], Sequence[Peer]]
+Rescue = Callable[[int, memoryview], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +126,12 @@ class Fetcher:
         tag: int = 0,
         opened: Callable[[StoredCheckpoint], None],
         progressed: Progressed,
+        rescue: Rescue | None = None,
     ) -> Fetched:
         """Fetch the checkpoint of this manifest, from `tree` (its form is Hearth's) and from peers.
 
-        `opened` is called once the checkpoint has its place, with all but its bytes. Raises `FetchInterrupted`.
+        `opened` is called once the checkpoint has its place, with all but its bytes. `rescue` fills a buffer with a
+        chunk that is as the manifest says when nobody else gives any, or returns False. Raises `FetchInterrupted`.
         """
         began = time.monotonic()
         checkpoint_id = manifest.checkpoint.checkpoint_id
@@ -144,7 +148,7 @@ class Fetcher:
             arriving = self._tier.begin(manifest, manifest_bytes, small)
             try:
                 return self._run(
-                    arriving, tree, peers, key, priority, extents, tag, opened, progressed, stop, began=began
+                    arriving, tree, peers, key, priority, extents, tag, opened, progressed, rescue, stop, began=began
                 )
             except HearthError as error:
                 raise FetchInterrupted(error.failure, self._keep(arriving)) from error
@@ -238,6 +242,7 @@ class Fetcher:
         tag: int,
         opened: Callable[[StoredCheckpoint], None],
         progressed: Progressed,
+        rescue: Rescue | None,
         stop: threading.Event,
         *,
         began: float,
@@ -250,7 +255,9 @@ class Fetcher:
         try:
             earlier = StoredImage(directory, manifest)
             try:
-                chunks = _Chunks(arriving, writer, earlier, tree, self._routes(manifest, tree), stop)
+                chunks = _Chunks(
+                    arriving, writer, earlier, tree, self._routes(manifest, tree, rescue), stop, rescue, self._patience
+                )
                 with self._scouting(chunks, peers, stop):
                     report = self._net.run(
                         Job(
@@ -281,7 +288,7 @@ class Fetcher:
         return Fetched(
             stored=stored,
             existing=False,
-            remote_bytes=remote_bytes,
+            remote_bytes=remote_bytes + chunks.rescued_bytes,
             peer_bytes=sum(by_source.values()) - remote_bytes,
             kept_bytes=chunks.kept_bytes,
             moved_bytes=report.moved_bytes,
@@ -290,9 +297,11 @@ class Fetcher:
             waited_s=report.waited_s,
         )
 
-    def _routes(self, manifest: Manifest, tree: SourceTree | None) -> Routes:
+    def _routes(self, manifest: Manifest, tree: SourceTree | None, rescue: Rescue | None) -> Routes:
         lengths = [chunk_bytes_of(manifest, index) for index in range(len(manifest.chunks))]
-        patience = self._patience if self._token else Patience(settle_s=0.0, budget_s=self._patience.budget_s)
+        patience = self._patience if self._token else replace(self._patience, settle_s=0.0)
+        if rescue is not None:
+            patience = replace(patience, budget_s=min(patience.budget_s, RESCUE_AFTER_S))
         return Routes(self._own_id, lengths, origin=tree is not None, now=time.monotonic(), patience=patience)
 
     def _keep(self, arriving: Arriving) -> StoredCheckpoint | None:
@@ -343,9 +352,16 @@ class _Chunks:
         tree: SourceTree | None,
         routes: Routes,
         stop: threading.Event,
+        rescue: Rescue | None,
+        patience: Patience,
     ) -> None:
         self.routes = routes
         self.kept_bytes = 0
+        self.rescued_bytes = 0
+        self._rescue = rescue
+        self._rescued = False
+        self._unrescued = ""  # why not
+        self._patience = patience
         self._arriving = arriving
         self._manifest = arriving.manifest
         self._writer = writer
@@ -375,6 +391,9 @@ class _Chunks:
                 return index
             if not self.routes.has_free:
                 return left[-1]
+            if self._rescued:
+                self.routes.chosen(left[-1])
+                return left[-1]
             return self.routes.pick(time.monotonic())
 
     def read(self, index: int, into: memoryview) -> None:
@@ -382,6 +401,8 @@ class _Chunks:
         if index in self._arriving.claimed and self._keep(index, into):
             return
         while True:
+            if self._rescued and self._from_rescue(index, into):
+                return
             if self._stop.is_set():
                 raise HearthError(Code.CANCELLED, "Nobody needs these bytes any more.")
             with self._lock:
@@ -394,7 +415,9 @@ class _Chunks:
                 case Pause(wait_s):
                     self._stop.wait(wait_s)
                 case GiveUp(failure):
-                    raise HearthError.of(failure)
+                    if self._rescue is None:
+                        raise HearthError(failure.code, f"{failure.message}{self._unrescued}")
+                    self._rescued = True
 
     def write(self, index: int, view: memoryview) -> None:
         """Put a chunk that was read into the files, unless it comes from there, and say that it is there."""
@@ -402,6 +425,26 @@ class _Chunks:
             self._writer.write(index, view)
         with disk_errors("The checkpoint cannot be stored"):
             self._arriving.mark(index)
+
+    def _from_rescue(self, index: int, into: memoryview) -> bool:
+        """Whether a chunk came from where it comes when nobody else gives it. If not, the others get all their time."""
+        rescue, reason = self._rescue, "it is another checkpoint by now."
+        try:
+            found = rescue is not None and rescue(index, into)
+        except HearthError as error:
+            if error.failure.code in _ENDING:
+                raise
+            found, reason = False, error.failure.message
+        with self._lock:
+            if found:
+                self.routes.kept(index, time.monotonic())
+                self.rescued_bytes += len(into)
+            else:
+                if rescue is not None:
+                    self._unrescued = f" Nor from the source: {reason}"
+                self._rescue, self._rescued = None, False
+                self.routes.be_patient(self._patience, time.monotonic())
+        return found
 
     def _keep(self, index: int, into: memoryview) -> bool:
         """Whether a chunk of an earlier attempt is still sound; it is in `into` then."""

@@ -367,7 +367,8 @@ class Importer:
         if source.url.startswith(_HUB):  # a commit stays, wherever the branch has gone
             source = msgspec.structs.replace(source, revision=manifest.revision)
         with ExitStack() as undo:
-            tree = undo.enter_context(self._opened(source))
+            tree = self._hold(source)
+            undo.callback(self.let_go, tree)
             origin = self._origin_of(tree, source, manifest)
             if origin is None:
                 return None
@@ -396,7 +397,8 @@ class Importer:
 
     # -- sources and room --------------------------------------------------------------------------------------------
 
-    def _open(self, source: Source) -> SourceTree:
+    def _hold(self, source: Source) -> SourceTree:
+        """A tree of this source, until `let_go`."""
         if source.url.startswith(_PEER):
             raise HearthError(Code.NOT_FOUND, f"No peer has checkpoint {source.url.removeprefix(_PEER)}.")
         tree = self._open_tree(source)
@@ -404,13 +406,12 @@ class Importer:
             if self._closed:
                 tree.close()
                 raise HearthError(Code.DRAINING, "The store is shutting down.")
+            self._trees.add(tree)
         return tree
 
     @contextmanager
     def _opened(self, source: Source) -> Iterator[SourceTree]:
-        tree = self._open(source)
-        with self._lock:
-            self._trees.add(tree)
+        tree = self._hold(source)
         try:
             yield tree
         finally:

@@ -266,9 +266,13 @@ class Routes:
             self._free.remove(index)
 
     def kept(self, index: int, now: float) -> None:
-        """The chunk is there from an earlier attempt."""
+        """The chunk is there, from an earlier attempt or from no source of these routes."""
         self.chosen(index)
         self._progress_at = now
+
+    def be_patient(self, patience: Patience, now: float) -> None:
+        """Things may take this long from now on."""
+        self._patience, self._progress_at = patience, now
 
     def _at_peer(self, index: int, now: float) -> bool:
         """Whether the chunk can be had from a server that is no seed."""

@@ -19,16 +19,19 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from services.store.events import StoredCheckpoint
 from services.store.fetch import Fetched, Fetcher, FetchInterrupted
 from services.store.importer import Importer, Outcome
+from services.store.local import LocalTree
 from services.store.mover import Mover
 from services.store.peer_server import PeerServer
 from services.store.peer_tree import NotYet, PeerTree
+from services.store.pool import Pool
 from services.store.ports import Peer, Progressed, SourceTree
 from services.store.routes import Patience
 from services.store.tier import SsdTier
 from shared.contracts.manifest import MANIFEST_NAME, Manifest
-from shared.contracts.residency import Source
+from shared.contracts.residency import Extent, Source, arrival_word
 from shared.errors import Code, HearthError
 from tests.builders.checkpoints import WEIGHTS, make_checkpoint
 from tests.unit.store.test_fetch import Directory, same
@@ -262,13 +265,85 @@ def test_when_peers_are_lost_and_the_source_is_out_of_reach_the_part_is_accounte
                 progressed=lambda done, total: None,
             )  # fmt: skip
 
-        with pytest.raises(FetchInterrupted, match="out of reach") as caught:
+        with pytest.raises(FetchInterrupted, match="Nor from the source: The source is out of reach") as caught:
             run("first")
         assert caught.value.kept is not None
         assert [stored.id for stored in b.tier.scan()[0]] == [id]
         found.append(tmp_path / "other")  # the source is another checkpoint by now
-        assert run("second").stored.id == other.checkpoint.checkpoint_id
-        assert [stored.id for stored in b.tier.scan()[0]] == [other.checkpoint.checkpoint_id]
+        with pytest.raises(FetchInterrupted, match="Nor from the source: it is another checkpoint by now"):
+            run("second")
+        known.clear()
+        assert run("third").stored.id == other.checkpoint.checkpoint_id, "nobody else was told what would come"
+
+
+class Traced:
+    """The trees that were opened and not closed."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self.open = 0
+
+    def __call__(self, _: Source) -> SourceTree:
+        traced = self
+
+        class Tree(LocalTree):
+            def close(self) -> None:
+                traced.open -= 1
+                super().close()
+
+        self.open += 1
+        return Tree(self._root)
+
+
+@pytest.mark.parametrize("form", ["hearth", "hugging face"])
+def test_what_peers_could_not_give_comes_from_the_source_into_the_same_places(
+    tmp_path: Path, source: tuple[Path, Manifest, bytes], form: str
+) -> None:
+    """One job to its end: who looks at the extents under this tag never hears that the bytes will not come."""
+    root, manifest, _ = source
+    trees = Traced(root)
+    pool = Pool.open(tmp_path, prefix="p", server_id="b", chunk_bytes=CHUNK, chunk_count=40)
+    with stores(tmp_path, "a") as (a,), closing_all(pool, tmp_path / "b", trees) as importer:
+        if form == "hearth":
+            place = fill(a, root, manifest)
+        else:
+            (root / MANIFEST_NAME).unlink()
+            seed = Importer(a.tier, open_tree=trees, disk=a.mover, net=a.mover, chunk_bytes=CHUNK)
+            stored = seed.run(Source(url="s3://bucket/m"), progressed=lambda done, total: None).stored
+            place, manifest = Path(stored.directory), a.tier.manifest(Path(stored.directory))
+        weights = (place / WEIGHTS).read_bytes()
+        id, half = manifest.checkpoint.checkpoint_id, len(manifest.chunks) // 2
+        known = a.peer(id)
+        os.truncate(place / WEIGHTS, half * CHUNK)
+        opened: list[StoredCheckpoint] = []
+        outcome = importer.run(
+            Source(url="s3://bucket/m"), checkpoint_id=id, peers=lambda: known, key="one", tag=3,
+            extents=[Extent(offset=0, length=len(manifest.chunks) * CHUNK)],
+            opened=opened.append, progressed=lambda done, total: None,
+        )  # fmt: skip
+        assert (Path(outcome.stored.directory) / WEIGHTS).read_bytes() == weights
+        assert bytes(pool.memory[: len(weights)]) == weights
+        assert [pool.word(chunk) for chunk in range(len(manifest.chunks))] == [arrival_word(3, 0)] * len(
+            manifest.chunks
+        )
+        assert outcome.peer_bytes and outcome.remote_bytes
+        assert outcome.peer_bytes + outcome.remote_bytes == manifest.image_bytes()
+        assert len(opened) == 1 and outcome.in_dram
+        assert trees.open == 0, "every tree is closed again"
+
+
+@contextmanager
+def closing_all(pool: Pool, root: Path, trees: Traced) -> Iterator[Importer]:
+    """A store with a pool that imports from these trees."""
+    tier, mover = SsdTier(root), Mover(pool, threads=3, name="b")
+    patience = Patience(settle_s=0.2, least_s=0.5, poll_s=0.5, budget_s=1.0)
+    fetcher = Fetcher(tier, mover, own_id="b", token=TOKEN, patience=patience)
+    importer = Importer(tier, open_tree=trees, disk=mover, net=mover, fetcher=fetcher, chunk_bytes=CHUNK)
+    yield importer
+    importer.close()
+    mover.close()
+    tier.close()
+    pool.close()
 
 
 def test_a_store_that_is_killed_at_half_goes_on_from_there(
