@@ -18,7 +18,7 @@ from services.store import events as e
 from services.store.export import Exporter
 from services.store.fetch import FetchInterrupted
 from services.store.image_files import StoredImage, rewrite
-from services.store.importer import Importer
+from services.store.importer import Importer, Outcome
 from services.store.mover import Job, Mover, Report
 from services.store.peers import PeerDirectory
 from services.store.tier import SsdTier
@@ -147,27 +147,31 @@ class Effects:
     async def _import(self, action: e.RunImport) -> e.Event:
         source, post = action.source, self._post
         progressed = _Throttle(lambda done, total: post(e.ImportProgressed(source, done, total)))
-        run = partial(
-            self._means.importer.run,
-            source,
-            checkpoint_id=action.checkpoint_id,
-            peers=partial(self._means.peers.of, action.checkpoint_id),
-            key=action.job,
-            priority=action.priority,
-            extents=action.extents,
-            tag=action.tag,
-            opened=lambda stored: post(e.ImportOpened(source, stored)),
-            progressed=progressed,
-        )
+
+        def run() -> Outcome:
+            try:
+                return self._means.importer.run(
+                    source,
+                    checkpoint_id=action.checkpoint_id,
+                    peers=partial(self._means.peers.of, action.checkpoint_id),
+                    key=action.job,
+                    priority=action.priority,
+                    extents=action.extents,
+                    tag=action.tag,
+                    opened=lambda stored: post(e.ImportOpened(source, stored)),
+                    progressed=progressed,
+                )
+            except FetchInterrupted:
+                raise
+            except HearthError as error:  # before a byte came: what earlier attempts left is there as it was
+                raise FetchInterrupted(error.failure, self._means.tier.partial(action.checkpoint_id)) from error
+
         async with self._means.peers.watching():  # what is raised through it comes out as a group: so nothing is
             try:
                 outcome = await self._on(self._jobs, run)
-            except FetchInterrupted as error:
-                self._means.disk.fail(action.extents, action.tag)
-                return e.ImportFailed(source, error.failure, kept=error.kept)
             except HearthError as error:
                 self._means.disk.fail(action.extents, action.tag)
-                kept = await self._on(self._jobs, partial(self._means.tier.partial, action.checkpoint_id))
+                kept = error.kept if isinstance(error, FetchInterrupted) else None
                 return e.ImportFailed(source, error.failure, kept=kept)
         IMPORT_SECONDS.observe(outcome.seconds)
         IMPORT_BYTES.labels("source").inc(outcome.remote_bytes)
