@@ -422,7 +422,7 @@ class Importer:
             raise HearthError(
                 Code.TOO_LARGE,
                 f"The checkpoint has {size(image_bytes)}, and this store takes at most {size(self._max_bytes)} "
-                "(HEARTH_MAX_CHECKPOINT_BYTES).",
+                "(HEARTH_MAX_CHECKPOINT_BYTES, or else the SSD tier's size).",
             )
 
     def _make_sure_of(self, needed_bytes: int) -> None:
