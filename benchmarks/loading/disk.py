@@ -36,8 +36,9 @@ def _fio(arguments: list[str]) -> dict[str, Any]:
     )
     if done.returncode != 0:
         raise RuntimeError(f"fio failed: {done.stderr[-500:] or done.stdout[-500:]}")
-    job: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
-    return job
+    jobs: list[dict[str, Any]] = json.loads(done.stdout[done.stdout.index("{") :])["jobs"]
+    # Of several, the one that takes longest.
+    return max(jobs, key=lambda job: int(job["job_runtime"]))
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Ceiling:
     scan: dict[str, float] = field(default_factory=dict)
     reads: list[float] = field(default_factory=list)
     writes: list[float] = field(default_factory=list)
+    copies: list[float] = field(default_factory=list)
 
     def choose(self) -> None:
         """Find the block size and depth with which fio reads this file fastest."""
@@ -85,6 +87,26 @@ class Ceiling:
             target.unlink(missing_ok=True)
         self.writes.append(float(job["write"]["bw_bytes"]))
         return self.writes[-1]
+
+    def copy_once(self, source: Path) -> float | None:
+        """Bytes per second, in each direction, of reading `source` and writing as much at the same time."""
+        if not self.enabled:
+            return None
+        target = self.path.parent / "fio.write"
+        size = source.stat().st_size
+        shape = [f"--bs={self.way[0]}", f"--iodepth={self.way[1]}", f"--size={size}"]
+        try:
+            job = _fio(
+                [
+                    f"--filename={source}", "--rw=read", *shape,
+                    "--name=written", f"--filename={target}", "--rw=write", "--end_fsync=1", "--fallocate=none",
+                    "--direct=1", "--ioengine=libaio", *shape,
+                ]
+            )  # fmt: skip
+        finally:
+            target.unlink(missing_ok=True)
+        self.copies.append(size / (int(job["job_runtime"]) / 1000))
+        return self.copies[-1]
 
     def _read(self, way: tuple[str, int]) -> float:
         size = self.path.stat().st_size
