@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from services.cli.parser import parse
-
 
 def main() -> int:
     """Run one verb; its exit code (2: wrong usage, 130: interrupted)."""
     try:
+        from services.cli.parser import parse  # here, so that Ctrl-C ends this, too, without a traceback
+
         code = parse(sys.argv[1:]).run()
         sys.stdout.flush()
         return code
