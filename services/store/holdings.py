@@ -9,7 +9,7 @@ from itertools import pairwise
 from services.store.allocator import Allocator
 from services.store.events import StoredCheckpoint
 from services.store.manifest import slice_extents, trim_extents
-from services.store.pool_state import CopyState, PoolState
+from services.store.pool_state import CopyState, KeptState, PoolState
 from services.store.work import Work
 from shared.contracts.residency import Extent, Source
 
@@ -275,6 +275,26 @@ class DramHoldings:
         if self._saved is None:
             self._saved = tuple(self._claims.values())
         return self._saved
+
+    def kept_states(self) -> tuple[KeptState, ...]:
+        """What is leased and not claimed, for the next life: it must not be overwritten there either."""
+        leased = [copy for copy in self.copies.values() if copy.leases and not copy.ready]
+        return tuple(
+            KeptState(
+                checkpoint_id=copy.id,
+                extents=copy.extents,
+                tag=copy.tag,
+                image_bytes=copy.stored.image_bytes,
+                whole=copy.ready,
+            )
+            for copy in (*self.doomed.values(), *leased)
+        )
+
+    def keep(self, copy: Copy) -> None:
+        """Bytes of an earlier life that are there for their leases alone. Raises ValueError if others are there."""
+        self.allocator.reserve(copy.extents)
+        copy.ready = copy.doomed = True
+        self.doomed[copy.tag] = copy
 
     def restore(self, state: PoolState, whole: dict[str, OnSsd], uses: Iterator[int]) -> None:
         """Take over the copies that an earlier life left, as far as the SSD tier still has them."""

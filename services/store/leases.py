@@ -177,21 +177,17 @@ class Leases:
     # -- the next life -------------------------------------------------------------------------------------------
 
     def states(self) -> tuple[LeaseState, ...]:
-        """The leases on copies that are claimed."""
-        return tuple(
-            [
-                held.state
-                for held in self.alive.values()
-                if type(held.on) is Copy and held.on.ready and not held.on.doomed
-            ]
-        )
+        """The leases on copies. What streams through a window is of no use to a next life."""
+        return tuple([held.state for held in self.alive.values() if type(held.on) is Copy])
 
     def restore(self, one: LeaseState, segment: str) -> None:
         """Take over a lease of an earlier life, if its bytes are where it says."""
-        copy = self._dram.copies.get(one.lease.checkpoint.checkpoint_id)
-        if copy is None or one.lease.segment != segment or one.lease.extents != copy.leased_extents():
-            return
-        self.add(one.lease, one.holder, bounded_ttl(one.ttl_s), copy)
+        id, extents = one.lease.checkpoint.checkpoint_id, one.lease.extents
+        claimed = self._dram.copies.get(id)
+        for copy in (*([claimed] if claimed is not None else []), *self._dram.doomed.values()):
+            if copy.id == id and copy.ready and copy.leased_extents() == extents and one.lease.segment == segment:
+                self.add(one.lease, one.holder, bounded_ttl(one.ttl_s), copy)
+                return
 
     def _changed(self) -> None:
         self._out.save_pool()

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from services.store.pool_state import PoolState, decode_state, encode_state
+import msgspec
+
+from services.store.pool_state import CopyState, KeptState, PoolState, decode_state, encode_state
 from shared.contracts.manifest import padded_bytes
 from shared.contracts.residency import FAILED_TURN, Extent, arrival_word
 from shared.errors import Code, HearthError
@@ -72,7 +74,7 @@ class Pool:
         self.data_bytes = chunk_bytes * chunk_count
         self.board_offset = self.data_bytes
         self.segment_bytes = segment_bytes(chunk_bytes, chunk_count)
-        self.restored = restored
+        self.restored = restored  # below, what the board says of it
         self.removed = removed
         self._file = file
         self._map = mmap.mmap(file, self.segment_bytes)
@@ -86,10 +88,7 @@ class Pool:
         whole.release()
         self.huge_bytes = _huge_bytes(path)
         if restored is not None:
-            kept = {chunk for copy in restored.copies for chunk in self._chunks(copy.extents)}
-            for chunk in range(chunk_count):
-                if chunk not in kept:
-                    self._board[chunk] = 0
+            self.restored = self._settled(restored)
 
     @classmethod
     def open(cls, directory: Path, *, prefix: str, server_id: str, chunk_bytes: int, chunk_count: int) -> Pool:
@@ -145,6 +144,28 @@ class Pool:
         with contextlib.suppress(OSError):  # where the mount gives no huge pages by itself, they may be had on demand
             for start in range(0, self.data_bytes, _SLICE_BYTES):
                 self._map.madvise(_COLLAPSE, start, min(_SLICE_BYTES, self.data_bytes - start))
+
+    def _settled(self, state: PoolState) -> PoolState:
+        """What is left of a state when the board has been looked at; the board says "not yet" for everything else.
+
+        Of what was arriving there is all or nothing: whoever waits for the rest hears that it will not come.
+        """
+        kept: list[KeptState] = []
+        lost: list[KeptState] = []
+        for one in state.kept:
+            chunks = list(self._chunks(one.extents))[: -(-one.image_bytes // self.chunk_bytes)]
+            there = one.whole or all(self._board[chunk] == arrival_word(one.tag, 0) for chunk in chunks)
+            (kept if there else lost).append(one)
+        places = [copy.extents for copy in state.copies] + [one.extents for one in kept]
+        believed = {chunk for extents in places for chunk in self._chunks(extents)}
+        for chunk in range(self.chunk_count):
+            if chunk not in believed:
+                self._board[chunk] = 0
+        for one in lost:
+            self.fail(one.extents, one.tag)
+        gone = {one.extents[0].offset for one in lost}
+        leases = tuple(one for one in state.leases if one.lease.extents[0].offset not in gone)
+        return msgspec.structs.replace(state, kept=tuple(kept), leases=leases)
 
     def _chunks(self, extents: Iterable[Extent]) -> Iterable[int]:
         """The chunks of the pool that these extents touch."""
@@ -266,7 +287,9 @@ def _fits(state: PoolState, path: Path, chunk_bytes: int, chunk_count: int) -> b
         return False
     taken: set[int] = set()
     places: dict[str, list[Extent]] = {}
-    for copy in state.copies:
+    named: set[str] = set()
+    parts: list[CopyState | KeptState] = [*state.copies, *state.kept]
+    for copy in parts:
         for extent in copy.extents:
             first, odd = divmod(extent.offset, chunk_bytes)
             count, odd_too = divmod(extent.length, chunk_bytes)
@@ -276,12 +299,16 @@ def _fits(state: PoolState, path: Path, chunk_bytes: int, chunk_count: int) -> b
             if not taken.isdisjoint(chunks):
                 return False
             taken.update(chunks)
-        if copy.checkpoint_id in places or not copy.extents:
+        if not copy.extents or (isinstance(copy, CopyState) and copy.checkpoint_id in named):
             return False
-        places[copy.checkpoint_id] = list(copy.extents)
+        if isinstance(copy, CopyState):
+            named.add(copy.checkpoint_id)
+        elif not 0 < copy.image_bytes <= sum(extent.length for extent in copy.extents) or not 0 < copy.tag < 2**31:
+            return False
+        places.setdefault(copy.checkpoint_id, []).extend(copy.extents)
     for held in state.leases:
         place = places.get(held.lease.checkpoint.checkpoint_id)
-        if place is None or held.lease.segment != str(path) or not held.ttl_s > 0:
+        if place is None or not held.lease.extents or held.lease.segment != str(path) or not held.ttl_s > 0:
             return False
         for part in held.lease.extents:
             end = part.offset + part.length

@@ -22,8 +22,22 @@ class CopyState(msgspec.Struct, frozen=True, kw_only=True):
     extents: tuple[Extent, ...]
 
 
+class KeptState(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes that nobody is to be given any more, or yet, and that somebody has a lease on.
+
+    They are all there if `whole`, else if the board says so for every chunk under `tag`: whoever has looked there uses
+    them already.
+    """
+
+    checkpoint_id: str
+    extents: tuple[Extent, ...]
+    tag: int
+    image_bytes: int
+    whole: bool
+
+
 class LeaseState(msgspec.Struct, frozen=True, kw_only=True):
-    """A lease on such a copy; a new life of the store gives its holder `ttl_s` to renew it."""
+    """A lease on either; a new life of the store gives its holder `ttl_s` to renew it."""
 
     lease: Lease
     holder: str
@@ -39,6 +53,7 @@ class PoolState(msgspec.Struct, frozen=True, kw_only=True):
     next_tag: int
     next_lease: int
     copies: tuple[CopyState, ...] = ()
+    kept: tuple[KeptState, ...] = ()
     leases: tuple[LeaseState, ...] = ()
 
 

@@ -13,6 +13,7 @@ Pure: events in, actions out. This is the front of its parts, each of which answ
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import count
 from typing import assert_never
 
@@ -57,7 +58,7 @@ from services.store.events import (
     VerifyProgressed,
 )
 from services.store.eviction import Uses
-from services.store.holdings import DramHoldings, SsdHoldings, is_whole
+from services.store.holdings import Copy, DramHoldings, SsdHoldings, is_whole
 from services.store.imports import Imports
 from services.store.leases import Leases
 from services.store.loads import Loads
@@ -155,6 +156,7 @@ class Residency:
             tiers.leases.next_lease = restored.next_lease
             if (restored.chunk_bytes, restored.chunk_count) == (allocator.chunk_bytes, allocator.chunk_count):
                 dram.restore(restored, ssd.whole, tiers.numbers)
+                self._keep(restored)
             out.save_pool()
         self._room = Room(tiers, dram_high=dram_high, dram_low=dram_low, ssd_high=ssd_high, ssd_low=ssd_low)
         self._wants = Wants(tiers)
@@ -333,10 +335,34 @@ class Residency:
         for one in self._restored.leases if self._restored is not None else ():
             self._tiers.leases.restore(one, self._tiers.segment)
         self._restored = None
+        for copy in [copy for copy in self._tiers.dram.doomed.values() if not copy.leases]:
+            self._tiers.dram.drop(copy)
         for checkpoint_id, tier in self._tiers.pins.items():
             if tier == "dram":
                 self._loads.promote(checkpoint_id)
         self._chores.spread()
+
+    def _keep(self, restored: PoolState) -> None:
+        """Bytes that an earlier life had leased, and that are in no tier now, stay until their leases are over."""
+        leases = {one.lease.checkpoint.checkpoint_id: one.lease for one in restored.leases}
+        claimed = self._tiers.dram.copies
+        copies = [
+            *((one.checkpoint_id, one.extents, 0) for one in restored.copies if one.checkpoint_id not in claimed),
+            *((one.checkpoint_id, one.extents, one.image_bytes) for one in restored.kept),
+        ]
+        for checkpoint_id, extents, image_bytes in copies:
+            lease = leases.get(checkpoint_id)
+            if lease is None:
+                continue
+            stored = StoredCheckpoint(
+                checkpoint=lease.checkpoint,
+                directory=lease.directory,
+                stored_bytes=0,
+                image_bytes=image_bytes or lease.dram_bytes,
+            )
+            dram = self._tiers.dram
+            with suppress(ValueError):  # a state that contradicts itself
+                dram.keep(Copy(stored, extents, dram.tag(), next(self._tiers.numbers)))
 
     def _imported(self, event: ImportDone) -> None:
         whole = self._tiers.ssd.whole
@@ -355,5 +381,6 @@ class Residency:
             next_tag=dram.next_tag,
             next_lease=leases.next_lease,
             copies=dram.states(),
+            kept=dram.kept_states(),
             leases=leases.states(),
         )

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from services.store import pool as pool_module
 from services.store.pool import STATE_SUFFIX, Pool
-from services.store.pool_state import STATE_VERSION, CopyState, LeaseState, PoolState, encode_state
+from services.store.pool_state import STATE_VERSION, CopyState, KeptState, LeaseState, PoolState, encode_state
 from shared.contracts.manifest import PAGE_BYTES
-from shared.contracts.residency import Extent, Lease, arrival_word
+from shared.contracts.residency import FAILED_TURN, Extent, Lease, arrival_word
 from shared.errors import Code, HearthError
 from tests.unit.store.images import CHECKPOINT
 
@@ -99,6 +99,33 @@ def test_the_next_life_finds_copies_and_leases_in_place_and_holders_keep_their_m
     holder.close()
     second.close()
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("words", [3, 2], ids=["all", "not all"])
+def test_what_was_arriving_is_kept_for_its_leases_if_the_board_says_that_it_is_all_there(
+    tmp_path: Path, words: int
+) -> None:
+    first = open_pool(tmp_path)
+    claimed = state_of(first)
+    kept = KeptState(
+        checkpoint_id=CHECKPOINT.checkpoint_id,
+        extents=claimed.copies[0].extents,
+        tag=8,
+        image_bytes=3 * CHUNK - PAGE_BYTES,
+        whole=False,
+    )
+    for chunk in (0, *range(2, 2 + words)):
+        first.announce(chunk, arrival_word(8, 0))
+    first.save(msgspec.structs.replace(claimed, copies=(), kept=(kept,)))
+    first.close(keep=True)
+
+    second = open_pool(tmp_path)
+    assert second.restored is not None
+    found = (second.restored.copies, second.restored.kept, second.restored.leases)
+    assert found == ((), *(((kept,), claimed.leases) if words == 3 else ((), ())))
+    word = arrival_word(8, 0 if words == 3 else FAILED_TURN)
+    assert [second.word(chunk) for chunk in range(COUNT)] == [0, 0, word, word, word, 0, 0, 0]
+    second.close()
 
 
 def test_a_killed_store_s_copies_are_adopted(tmp_path: Path) -> None:

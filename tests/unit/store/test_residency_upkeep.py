@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from services.store.events import (
@@ -14,6 +15,7 @@ from services.store.events import (
     ExportDone,
     ImportAsked,
     ImportDone,
+    ImportOpened,
     ImportPlanned,
     ImportProgressed,
     ListAsked,
@@ -332,9 +334,15 @@ def test_bytes_on_their_way_to_the_ssd_are_seen() -> None:
 # -- the next life -----------------------------------------------------------------------------------------------------
 
 
-def next_life(desk: Desk, *known: Any, **more: Any) -> Desk:
+def next_life(desk: Desk, *known: Any, there: bool = True, **more: Any) -> Desk:
+    """`there`: whether the board says that what was arriving is all there; if not, the pool has let go of it."""
     assert desk.saved is not None
-    return Desk(*known, restored=decode_state(encode_state(desk.saved)), **more)
+    state = decode_state(encode_state(desk.saved))
+    if not there:
+        copies = {copy.checkpoint_id for copy in state.copies}
+        leases = tuple(one for one in state.leases if one.lease.checkpoint.checkpoint_id in copies)
+        state = msgspec.structs.replace(state, kept=(), leases=leases)
+    return Desk(*known, restored=state, **more)
 
 
 def test_copies_and_leases_survive_the_process() -> None:
@@ -343,7 +351,7 @@ def test_copies_and_leases_survive_the_process() -> None:
     use(desk, "b")
     desk.acquire("c", arriving=True)
     early, arriving = desk.last("a"), desk.take(ReadImage)
-    after = next_life(desk, stored("a", 2), stored("b", 3), stored("c", 2))
+    after = next_life(desk, stored("a", 2), stored("b", 3), stored("c", 2), there=False)
     assert after.core.deadline() == 0.0
     after.now = 5000.0
     after.post(None)
@@ -382,10 +390,39 @@ def test_what_the_ssd_tier_has_lost_is_not_taken_over() -> None:
     hold(desk, "b")
     after = next_life(desk, stored("b", 3), stored("a", 2, quarantined="chunk 7 differs"))
     after.post(None)
-    assert (after.record().dram, after.core.lease_count) == ({"b": 3 * CHUNK}, 1)
+    assert (after.record().dram, after.core.lease_count) == ({"b": 3 * CHUNK}, 2)
+    assert after.record().dram_used_bytes == 5 * CHUNK, "somebody works with those bytes"
+    after.after(10_000)
+    assert (after.core.lease_count, after.record().dram_used_bytes) == (0, 3 * CHUNK)
     smaller = next_life(desk, stored("a", 2), stored("b", 3), dram_chunks=7)
     smaller.post(None)
     assert (smaller.record().dram, smaller.core.lease_count) == ({}, 0)
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["held", "released"])
+def test_bytes_that_had_all_arrived_when_the_store_died_stay_as_long_as_they_are_leased(held: bool) -> None:
+    """Whoever saw the last of them on the board uses them, whether or not they ever came onto the SSD."""
+    desk = Desk(dram_chunks=4)
+    desk.acquire("m", id="", arriving=True, wait_s=9, ttl_s=10)
+    desk.post(ImportPlanned(desk.take(PlanImport).source, "r1", 3 * CHUNK, 3 * CHUNK + 100, "m"))
+    run = desk.take(RunImport)
+    desk.post(ImportOpened(run.source, stored("m", 3, source=run.source)))
+    early = desk.last("a")
+    assert isinstance(early, Lease) and early.arrival is not None
+    assert desk.saved is not None
+    assert [(one.tag, one.image_bytes, one.whole) for one in desk.saved.kept] == [(run.tag, 3 * CHUNK, False)]
+    if not held:
+        desk.post(ReleaseAsked(Release(holder="w1", lease_id=early.lease_id)))
+    after = next_life(desk, stored("b", 4), dram_chunks=4)
+    after.post(None)
+    assert after.record().dram == {}
+    after.acquire("b", "b", wait_s=20)
+    if held:
+        assert not any(isinstance(action, ReadImage) for action in after.work), "no chunk is free for it"
+        after.post(RenewAsked(Renew(holder="w1", lease_ids=(early.lease_id,), ttl_s=10), "r"))
+        assert after.last("r") == Renewed()
+        after.post(ReleaseAsked(Release(holder="w1", lease_id=early.lease_id)))
+    assert after.take(ReadImage).stored.id == "b"
 
 
 def test_a_state_that_contradicts_itself_is_taken_over_as_far_as_it_goes() -> None:
