@@ -78,6 +78,8 @@ def validate(spec: DeploymentSpec) -> Failure | None:
     faults = (
         (spec.source.url.startswith(SOURCES), "source",
          "The source must be an absolute directory, hf:ORG/NAME, or a url of s3://, gs://, az://, https:// or http://."),
+        (not _may_hold_secrets(spec.source.url), "source",
+         "The source must hold no user name, password, query or fragment; stores have settings for secrets."),
         (spec.source.dtype in DTYPES, "dtype", "The dtype must be float32, bfloat16 or float16."),
         (0 <= spec.min_replicas <= MOST_REPLICAS, "min_replicas", f"min_replicas must be 0 to {MOST_REPLICAS}."),
         (1 <= spec.max_replicas <= MOST_REPLICAS, "max_replicas", f"max_replicas must be 1 to {MOST_REPLICAS}."),
@@ -92,6 +94,11 @@ def validate(spec: DeploymentSpec) -> Failure | None:
         if not fine:
             return Failure(code=Code.INVALID_REQUEST, message=sentence, param=param)
     return None
+
+
+def _may_hold_secrets(url: str) -> bool:
+    """Whether a url has more than host, bucket and path. It would stand in the registry, in logs and in answers."""
+    return "://" in url and not url.startswith("file:") and any(mark in url for mark in "@?#")
 
 
 def revision_of(spec: DeploymentSpec, *more: str) -> str:

@@ -26,6 +26,7 @@ from services.store.events import (
 from services.store.holdings import OnSsd
 from services.store.loads import Loads
 from services.store.room import Room
+from services.store.sources import redact
 from services.store.tiers import Tiers
 from services.store.wants import Wants
 from services.store.work import Want, Work
@@ -238,7 +239,7 @@ class Chores:
             else:
                 self._wants.succeed(want, Done(), keep=True)
         name = "checkpoint.exported" if event.failure is None else "export.failed"
-        facts = {"checkpoint_id": event.checkpoint_id, "url": event.url}
+        facts = {"checkpoint_id": event.checkpoint_id, "url": redact(event.url)}
         self._tiers.out.note(name, {**facts, "message": event.failure.message} if event.failure is not None else facts)
         self._forget(chore)
 

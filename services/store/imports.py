@@ -274,7 +274,7 @@ class Imports:
         facts: Facts = {
             "checkpoint_id": id,
             "architecture": stored.checkpoint.architecture,
-            "source": event.source.url,
+            "source": redact(event.source.url),
             "stored_bytes": stored.stored_bytes,
             "import_s": round(event.seconds, 3),
             "remote_bytes": event.remote_bytes,

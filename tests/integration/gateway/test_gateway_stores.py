@@ -292,6 +292,7 @@ async def test_a_client_that_leaves_ends_the_polling(
         ("POST", SERVER + "/checkpoints", {"source": "relative"}, 400, "source.url"),
         ("POST", SERVER + "/checkpoints", {"source": "ftp://host/m"}, 400, "source.url"),
         ("POST", SERVER + "/checkpoints", {"source": "https://me:hunter2@host/m"}, 400, "source.url"),
+        ("POST", SERVER + "/checkpoints", {"source": "https://me:hun/ter2@host/m"}, 400, "source.url"),
         ("POST", SERVER + "/checkpoints", {"source": "https://host/m?signature=hunter2"}, 400, "source.url"),
         ("POST", SERVER + "/checkpoints", {"source": "s3://"}, 400, "source.url"),
         ("POST", SERVER + "/checkpoints", {"source": "http://[::1"}, 400, "source.url"),

@@ -425,6 +425,9 @@ def test_a_record_that_the_registry_has_lost_is_written_again(desk: Desk) -> Non
         ({"url": "relative/path"}, "source"),
         ({"url": "ftp://host/path"}, "source"),
         ({"url": "file://other/path"}, "source"),
+        ({"url": "https://user:secret@host/m"}, "source"),
+        ({"url": "s3://user:sec/ret@bucket/m"}, "source"),
+        ({"url": "https://host/m?signature=secret"}, "source"),
     ],
 )
 def test_bad_specs_are_refused_with_the_field(fields: dict[str, object], param: str) -> None:
@@ -434,7 +437,18 @@ def test_bad_specs_are_refused_with_the_field(fields: dict[str, object], param: 
 
 
 @pytest.mark.parametrize(
-    "url", ["/models/m", "hf:org/name", "s3://b/m", "gs://b/m", "az://c/m", "https://h/m", "http://h/m", "file:///m"]
+    "url",
+    [
+        "/models/m",
+        "hf:org/name",
+        "s3://b/m",
+        "gs://b/m",
+        "az://c/m",
+        "https://h/m",
+        "http://h/m",
+        "file:///m@1",
+        "/m@1",
+    ],
 )
 def test_a_source_of_any_kind_that_stores_open_is_taken(url: str) -> None:
     assert validate(picture.spec("m", url=url)) is None

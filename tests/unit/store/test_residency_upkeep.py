@@ -257,6 +257,15 @@ def test_exports() -> None:
     assert desk.last("e3") == refused
 
 
+def test_no_secret_of_a_url_is_logged() -> None:
+    desk = Desk(stored("m"))
+    url = "s3://key:secret@b/m"
+    desk.post(ExportAsked(Export(checkpoint_id="m", url=url, wait_s=9), "e"))
+    desk.post(ExportDone("m", desk.take(RunExport).url, Failure(code=Code.INVALID_REQUEST, message="no")))
+    assert [note.event for note in desk.notes] == ["export.failed"]
+    assert "secret" not in str(desk.notes)
+
+
 # -- marks -------------------------------------------------------------------------------------------------------------
 
 
