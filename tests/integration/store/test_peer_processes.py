@@ -36,8 +36,6 @@ def a_store(home: Path, name: str, urls: dict[str, str], *, token: str = "secret
         "dram_bytes": str(4 * MIB),
         "chunk_bytes": str(64 * 1024),
         "peer_token": token,
-        "io_threads": "2",
-        "io_block_bytes": str(64 * 1024),
     }
     with a_process(place, **urls, **settings) as process:
         yield process

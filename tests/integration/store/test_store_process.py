@@ -25,7 +25,11 @@ SERVER = "s1"
 
 @contextmanager
 def a_process(home: Path, **settings: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`python -m services.store.main` with these settings; killed at the end if it still runs."""
+    """`python -m services.store.main` with these settings; killed at the end if it still runs.
+
+    It does not measure the disk: no test waits for that.
+    """
+    settings = {"io_threads": "2", "io_block_bytes": str(2**16)} | settings
     environ = {key: value for key, value in os.environ.items() if not key.startswith("HEARTH_")}
     environ |= {f"HEARTH_{key.upper()}": value for key, value in settings.items()}
     with (home / "store.log").open("ab") as log:
