@@ -171,7 +171,7 @@ class Cluster:
         """What the registry says."""
         return self.get("/v1/admin/cluster")[1]
 
-    def deploy(self, name: str, source: Path, **spec: Any) -> Any:
+    def deploy(self, name: str, source: Path | str, **spec: Any) -> Any:
         """Deploy and wait until it is imported; the record. Raises AssertionError with the failure."""
         dtype = spec.pop("dtype", None)
         body = {"name": name, "source": {"url": str(source), **({"dtype": dtype} if dtype else {})}, **spec}
