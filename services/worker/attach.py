@@ -33,10 +33,13 @@ from shared.contracts.manifest import MANIFEST_NAME, Manifest, decode_manifest
 from shared.contracts.residency import Lease
 from shared.errors import Code, HearthError
 
+# The dtypes of safetensors whose elements torch has: not those of 6 bits, and of 4 bits only in pairs.
 DTYPES: Final[dict[str, torch.dtype]] = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
 }  # fmt: skip
 CPU: Final = torch.device("cpu")
 # What a checkpoint may hold beyond the model's parameters: what is computed anew, and causal masks of old GPTs.
@@ -113,7 +116,8 @@ def tensors(manifest: Manifest, image: torch.Tensor) -> dict[str, torch.Tensor]:
         if entry.dtype not in typed:
             dtype = DTYPES.get(entry.dtype)
             if dtype is None:
-                raise HearthError(Code.UNSUPPORTED, f"Tensors of type {entry.dtype} cannot be served.")
+                message = f"{name} has elements of type {entry.dtype}, which cannot be served."
+                raise HearthError(Code.UNSUPPORTED, message)
             typed[entry.dtype] = (image[: size_bytes - size_bytes % dtype.itemsize].view(dtype), dtype.itemsize)
         if not 0 <= entry.file < len(starts):
             raise HearthError(Code.CHECKPOINT_CORRUPT, f"The manifest places {name} in a file that is not there.")

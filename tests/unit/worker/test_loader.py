@@ -16,6 +16,8 @@ import msgspec
 import pytest
 import torch
 
+from services.store import manifest as store_manifest
+from services.worker import attach
 from services.worker.loader import AttachedModel, TorchLoader
 from services.worker.loader_memory import Mappings
 from services.worker.ports import AttachTimes, EndReason
@@ -340,6 +342,13 @@ def without_tensor(manifest: Manifest, name: str) -> Manifest:
     return msgspec.structs.replace(
         manifest, tensors={key: entry for key, entry in manifest.tensors.items() if key != name}
     )
+
+
+def test_every_dtype_that_torch_has_whole_elements_of_is_mapped() -> None:
+    of_store = {name: torch_name for name, (bits, torch_name) in store_manifest.DTYPES.items() if bits >= 8}
+    assert {name: str(dtype) for name, dtype in attach.DTYPES.items()} == {
+        name: f"torch.{torch_name}" for name, torch_name in of_store.items()
+    }
 
 
 NORM = "model.norm.weight"
