@@ -6,8 +6,10 @@ What comes out is a source for other stores, and a directory that any safetensor
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import threading
@@ -106,8 +108,10 @@ class Exporter:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise HearthError(Code.CONFLICT, f"{target} exists and is not empty.", param="url")
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_left(target)
         staging = target.parent / f".{target.name}.{secrets.token_hex(8)}"
         staging.mkdir()
+        alive = _held(staging)
         try:
             writer = ImageWriter(staging, manifest.files, chunk_bytes=manifest.chunk_bytes)
             try:
@@ -128,6 +132,8 @@ class Exporter:
         finally:
             with suppress(OSError):  # renamed, or a disk that does nothing any more
                 shutil.rmtree(staging)
+            if alive is not None:
+                os.close(alive)
 
     def _to_objects(self, job: Job, directory: Path, manifest: Manifest, url: str, progressed: Progressed) -> None:
         """Read and verify everything, then upload: what is wrong here must not be found out there."""
@@ -189,6 +195,35 @@ def _holds(target: Path, manifest: Manifest) -> bool:
     except (HearthError, OSError):
         return False
     return found.checkpoint.checkpoint_id == manifest.checkpoint.checkpoint_id
+
+
+def _held(staging: Path) -> int | None:
+    """A lock on a staging directory, which says that somebody is at work in it; None if it is somebody else's.
+
+    None, too, on file systems where directories cannot be locked.
+    """
+    try:
+        file = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(file)
+        return None
+    return file
+
+
+def _remove_left(target: Path) -> None:
+    """Remove what exports to here left that were killed, or met a disk that did not even let them tidy up."""
+    pattern = re.compile(re.escape(f".{target.name}.") + "[0-9a-f]{16}")
+    with suppress(OSError):
+        for path in sorted(target.parent.iterdir()):
+            if pattern.fullmatch(path.name) and (dead := _held(path)) is not None:
+                try:
+                    shutil.rmtree(path, ignore_errors=True)
+                finally:
+                    os.close(dead)
 
 
 def _write(path: Path, data: bytes) -> None:

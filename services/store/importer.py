@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
@@ -328,9 +328,12 @@ class Importer:
             for name, data in small.items():
                 (directory / name).write_bytes(data)
             (directory / MANIFEST_NAME).write_bytes(encode_manifest(manifest))
+            stored = describe(directory, self._tier.manifest(directory))
             place, existing = self._tier.publish(directory, manifest.checkpoint.checkpoint_id)
+            # Nothing may fail any more: it is there.
+            stored = replace(stored, directory=str(place))
         return Outcome(
-            stored=describe(place, self._tier.manifest(place)),
+            stored=describe(place, self._tier.manifest(place)) if existing else stored,
             existing=existing,
             remote_bytes=model.weight_bytes + sum(model.small_files.values()),
             seconds=time.perf_counter() - began,

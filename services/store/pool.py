@@ -95,16 +95,26 @@ class Pool:
         """The pool of this server: what an earlier life left if it is of use, else a new one.
 
         Of use is a segment of the same geometry with a sound state. All others that dead stores of this server left are
-        removed; a living store's is locked and left alone. Raises `HearthError` (out_of_memory) if `directory` has not
-        enough room, OSError if it cannot be written.
+        removed; a living store's is locked and left alone. Raises `HearthError`: out_of_memory if `directory` has not
+        enough room, unavailable if it cannot be written.
         """
+        try:
+            return cls._open(directory, prefix, server_id, chunk_bytes, chunk_count)
+        except OSError as error:
+            message = f"The DRAM pool cannot be made in {directory}: {error.strerror or error}."
+            raise HearthError(Code.UNAVAILABLE, message) from error
+
+    @classmethod
+    def _open(cls, directory: Path, prefix: str, server_id: str, chunk_bytes: int, chunk_count: int) -> Pool:
         size = segment_bytes(chunk_bytes, chunk_count)
         found = _find(directory, pool_name(prefix, server_id, ""), chunk_bytes, chunk_count)
         found.sort(key=lambda one: (one.state is not None, one.saved_at))
         adopted = found.pop() if found and found[-1].state is not None else None
         for one in found:
-            _remove(one.path)
-            os.close(one.file)
+            try:
+                _remove(one.path)
+            finally:
+                os.close(one.file)
         if adopted is not None:
             path, file = adopted.path, adopted.file
         else:
@@ -124,7 +134,8 @@ class Pool:
                 removed=tuple(one.path.name for one in found),
             )
         except OSError as error:
-            _remove(path)
+            with contextlib.suppress(OSError):  # else the next start does
+                _remove(path)
             os.close(file)
             if error.errno in (errno.ENOSPC, errno.ENOMEM):
                 raise HearthError(
@@ -190,20 +201,29 @@ class Pool:
         """What the board says for a chunk."""
         return self._board[chunk]
 
-    def save(self, state: PoolState) -> None:
+    def save(self, state: PoolState) -> bool:
         """Write down what the pool holds, in one step: the next life finds this state or the one before.
 
-        Raises OSError. (Nothing is synced: a tmpfs and its files end together.)
+        When that fails, because somebody else has filled the tmpfs, the next life finds no state: an old one would
+        claim what is about to be overwritten. False, then. Raises OSError if even that cannot be had. (Nothing is
+        synced: a tmpfs and its files end together.)
         """
         new = self.path.with_name(self.path.name + _NEW_SUFFIX)
-        file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            left = memoryview(encode_state(state))
-            while left:
-                left = left[os.write(file, left) :]
-        finally:
-            os.close(file)
-        new.rename(self.path.with_name(self.path.name + STATE_SUFFIX))
+            file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                left = memoryview(encode_state(state))
+                while left:
+                    left = left[os.write(file, left) :]
+            finally:
+                os.close(file)
+            new.rename(self.path.with_name(self.path.name + STATE_SUFFIX))
+        except OSError:
+            self.path.with_name(self.path.name + STATE_SUFFIX).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                new.unlink(missing_ok=True)
+            return False
+        return True
 
     def close(self, *, keep: bool = False) -> None:
         """Unmap and unlock the segment; unless `keep`, unlink it and its state.

@@ -128,7 +128,8 @@ class StoreService:
             case e.ClearBoard(extents):
                 self._pool.clear(extents)
             case e.SavePool(state):
-                self._pool.save(state)
+                if not self._pool.save(state):
+                    self._warn("pool.unsaved", "what it holds is not known to the store's next life")
             case e.SetPriority(job, priority):
                 self._effects.set_priority(job, priority)
             case e.AdvanceWindow(job, chunks):

@@ -437,7 +437,7 @@ class SsdTier:
                 _write(new, json.dumps(dict(sorted(pins.items())), indent=1).encode() + b"\n")
                 new.rename(self.root / PINS)
             finally:
-                new.unlink(missing_ok=True)
+                self._bury(new)
             _sync(self.root)
 
 
@@ -456,7 +456,7 @@ def describe(directory: Path, manifest: Manifest) -> StoredCheckpoint:
     return StoredCheckpoint(
         checkpoint=manifest.checkpoint,
         directory=str(directory),
-        stored_bytes=sum(entry.stat().st_size for entry in os.scandir(directory)),
+        stored_bytes=sum(entry.stat().st_size for entry in os.scandir(directory) if entry.name != REASON),
         image_bytes=image_bytes,
         source=manifest.source,
         revision=manifest.revision,
@@ -466,6 +466,8 @@ def describe(directory: Path, manifest: Manifest) -> StoredCheckpoint:
 
 
 def _delete(path: Path) -> None:
+    if not os.path.lexists(path):
+        return
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
