@@ -16,6 +16,7 @@ PORT=${HEARTH_PORT:-$(p=$((18080 + RANDOM % 2000)); while (: < "/dev/tcp/127.0.0
 URL=http://127.0.0.1:$PORT
 SERVICES=(nats redis scheduler gateway store-1 worker-1 store-2 worker-2)
 export HEARTH_PORT=$PORT HEARTH_BIND=127.0.0.1 HEARTH_API_KEYS='' HEARTH_API_KEY='' HEARTH_DRAM_BYTES=268435456
+export HEARTH_PEER_TOKEN=compose-test
 export HEARTH_IMAGE=${HEARTH_IMAGE:-hearth:compose-test} COMPOSE_ANSI=never COMPOSE_PROGRESS=plain
 
 work=$(mktemp -d)
@@ -152,6 +153,18 @@ crash_of_the_stores() {
     until_ok 60 restarted store-1 "${before[0]}" && until_ok 60 restarted store-2 "${before[1]}" \
         && until_ok 60 healthy store-1 store-2
 }
+peer_bytes() { # bytes that a store has taken from the other one
+    dc exec -T "$1" python -Ic '
+import urllib.request
+text = urllib.request.urlopen("http://127.0.0.1:9100/metrics", timeout=4).read().decode()
+lines = [line for line in text.splitlines() if line.startswith("hearth_store_import_bytes_total{origin=\"peer\"}")]
+print(int(sum(float(line.split()[1]) for line in lines)))'
+}
+store_verb() { quiet dc run --rm --no-deps cli store "$@"; }
+shares_with_its_peer() { # both servers hold the demo model, and one of them has it from the other
+    store_verb prefetch demo --server server-1 && store_verb prefetch demo --server server-2 || return 1
+    [ $(($(peer_bytes store-1) + $(peer_bytes store-2))) -gt 10000000 ]
+}
 nothing_left() {
     [ -z "$(engine ps --all --quiet --filter "label=com.docker.compose.project=$PROJECT")" ] \
         && [ -z "$(engine volume ls --quiet --filter "label=com.docker.compose.project=$PROJECT")" ]
@@ -201,6 +214,11 @@ check "it answers again" answers
 say "stop of the worker while it streams"
 check "the stream is finished, the worker ends with 0" stop_of_the_worker
 check "the worker comes back" until_ok 60 healthy worker-1 worker-2
+
+say "the stores"
+check "hearth store ls" store_verb ls
+check "a store takes chunks from its peer" shares_with_its_peer
+check "hearth store verify" store_verb verify demo --server server-2
 
 say "kill -9 of both stores"
 check "they come back" crash_of_the_stores
