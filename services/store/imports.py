@@ -1,8 +1,9 @@
 """What is brought from elsewhere into the SSD tier, in which order, and into DRAM at once where somebody waits. Pure.
 
-An import is planned (what is the source now, what does it need), gets its room, and runs. One of a priority runs at a
-time; one that matters more begins beside what runs already. While directories are being removed none begins: they
-could be about the same place, and it needs the room.
+An import is planned (what is the source now, what does it need), gets its room, and runs. Several are planned at once,
+for a source that does not answer shall delay nobody else. One of a priority runs at a time; one that matters more
+begins beside what runs already. While directories are being removed none begins: they could be about the same place,
+and it needs the room.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from shared.contracts.residency import Acquire, Extent, Prefetch, Source
 from shared.errors import Code, Failure
 from shared.sizes import size
 
+PLANS_LIMIT: Final = 4  # sources that are looked at at once for one priority, or for what matters more
 QUEUED: Final = "queued"
 PLANNING: Final = "planning"
 PLANNED: Final = "planned"
@@ -43,7 +45,7 @@ RUNNING: Final = "running"
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class ImportJob(Work):
-    """state: queued → planning → planned (waits for its room) → running.
+    """state: queued → planning → planned (waits for its turn and its room) → running.
 
     `extents` and `tag` are its chunks of the pool, if it has any; `copy` is what arrives there, once that is known.
     `partial` is what an earlier run has left, whose bytes are part of `reserved_bytes` while this one runs.
@@ -119,16 +121,21 @@ class Imports:
         """Begin what may begin now."""
         if self._tiers.ssd.going:
             return
-        for job in sorted((job for job in self.jobs.values() if job.state == PLANNED), key=lambda job: job.rank):
+        for job in self._in_state(PLANNED):
+            if any(other.priority <= job.priority for other in self._in_state(RUNNING)):
+                break
             self._run(job)
             if self._tiers.ssd.going:
                 return
-        queued = min((job for job in self.jobs.values() if job.state == QUEUED), key=lambda job: job.rank, default=None)
-        if queued is None or any(j.priority <= queued.priority for j in self.jobs.values() if j.state != QUEUED):
-            return
-        queued.state = PLANNING
-        wanted = (want.checkpoint_id for want in queued.wants.values() if want.checkpoint_id)
-        self._tiers.out.add(PlanImport(queued.source, next(wanted, "")))
+        for job in self._in_state(QUEUED):
+            if sum(other.priority <= job.priority for other in self._in_state(PLANNING)) >= PLANS_LIMIT:
+                break
+            job.state = PLANNING
+            wanted = (want.checkpoint_id for want in job.wants.values() if want.checkpoint_id)
+            self._tiers.out.add(PlanImport(job.source, next(wanted, "")))
+
+    def _in_state(self, state: str) -> list[ImportJob]:
+        return sorted((job for job in self.jobs.values() if job.state == state), key=lambda job: job.rank)
 
     def planned(self, event: ImportPlanned) -> None:
         """The source is known: perhaps it is here already; else it needs room."""
@@ -144,7 +151,7 @@ class Imports:
         if known in ssd.whole and not ssd.whole[known].condemned:
             self._finish(job, known, moved=False)
             return
-        failure = self.too_large(event.peak_bytes) or self._make_room(event.checkpoint_id, event.peak_bytes)
+        failure = self.too_large(event.peak_bytes)
         if failure is not None:
             self._fail(job, failure)
             return

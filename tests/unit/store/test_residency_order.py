@@ -25,6 +25,7 @@ from services.store.events import (
     VerifyDone,
     peers_only,
 )
+from services.store.imports import PLANS_LIMIT
 from services.store.wants import INTEREST_S
 from shared.contracts.residency import Done, Import, Lease, Prefetch, Verified, Verify
 from shared.errors import Code, Failure
@@ -107,14 +108,29 @@ def test_an_import_for_a_user_goes_before_a_deploy_and_that_before_a_prefetch() 
         desk.post(PrefetchAsked(Prefetch(source=source(name), tier="ssd", wait_s=9), caller))
     desk.post(ImportAsked(Import(source=source("deploy"), wait_s=9), "i2"))
     desk.acquire("user", id="", wait_s=9)
+    for _ in range(5):
+        plan = desk.take(PlanImport)
+        desk.post(ImportPlanned(plan.source, "r1", CHUNK, CHUNK + 100))
     # The user's does not wait for the one that runs already; the others wait for their turn.
-    assert [plan.source.url for plan in desk.work] == ["/models/first", "/models/user"]
+    assert [run.source.url for run in desk.work] == ["/models/first", "/models/user"]
     order = []
     while desk.work:
-        plan = desk.take(PlanImport)
-        order.append(plan.source.url.rsplit("/", 1)[1])
-        desk.post(ImportFailed(plan.source, Failure(code=Code.CHECKPOINT_UNAVAILABLE, message="gone")))
+        run = desk.take(RunImport)
+        order.append(run.source.url.rsplit("/", 1)[1])
+        desk.post(ImportFailed(run.source, Failure(code=Code.CHECKPOINT_UNAVAILABLE, message="gone")))
     assert order == ["first", "user", "deploy", "p1", "p2"]
+
+
+def test_a_source_that_does_not_answer_delays_no_other() -> None:
+    desk = Desk()
+    for number in range(PLANS_LIMIT + 2):
+        desk.post(PrefetchAsked(Prefetch(source=source(f"silent{number}"), tier="ssd", wait_s=9), f"p{number}"))
+    assert len(desk.work) == PLANS_LIMIT, "not without end"
+    desk.acquire("silent", id="", wait_s=9)
+    desk.acquire("user", id="", wait_s=9)
+    assert [plan.source.url for plan in desk.work[PLANS_LIMIT:]] == ["/models/silent", "/models/user"]
+    desk.post(ImportPlanned(desk.work.pop().source, "r1", CHUNK, CHUNK + 100))
+    assert desk.work.pop().source == source("user"), "it runs"
 
 
 def test_an_import_is_raised_by_a_user() -> None:
