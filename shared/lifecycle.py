@@ -29,6 +29,9 @@ S = TypeVar("S", bound=CommonSettings)
 
 # A drain that has not ended so long after its own limit never will; whoever supervises starts afresh.
 STUCK_AFTER_S: Final = 20.0
+# A record is written again after this many times what making it took: a server with thousands of checkpoints must not
+# spend its time on telling of each of a thousand acquires. A small record takes microseconds.
+REST: Final = 50
 
 
 class _Finished(Exception):
@@ -44,15 +47,18 @@ class Heartbeat:
         self._touched = asyncio.Event()
         self._missed = False
         self._ended = False
+        self._rest_s = 0.0
         self._over = asyncio.Event()
 
     def touch(self) -> None:
-        """The record changed: write it now and tell those who keep a picture."""
+        """The record changed: write it, unless that was done a moment ago at once, and tell those who keep a picture."""
         self._touched.set()
 
     async def push(self) -> None:
         """Write the record and tell."""
+        began = time.perf_counter()
         record = self._make(self._context.phase)
+        self._rest_s = min(REST * (time.perf_counter() - began), self._context.settings.heartbeat_s / 2)
         await self._context.registry.put(record, ttl_s=self._context.settings.record_ttl_s)
         self._context.changed(type(record), record_id(record))
 
@@ -66,6 +72,8 @@ class Heartbeat:
                 if not self._missed:
                     self._context.log.warning("heartbeat.missed", error=error.failure.message)
                 self._missed = True
+            if not self._ended:
+                await asyncio.sleep(self._rest_s)
             try:
                 async with asyncio.timeout(self._context.settings.heartbeat_s):
                     await self._touched.wait()
