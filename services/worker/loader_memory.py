@@ -28,6 +28,9 @@ _MADV_POPULATE_READ: Final = (
     22  # Linux 5.14; older kernels refuse it, and the pages are mapped one by one as they are used
 )
 
+_MADV_HUGEPAGE: Final = 14  # Linux; elsewhere both are refused
+_MADV_NOHUGEPAGE: Final = 15
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
@@ -103,8 +106,18 @@ class Mappings:
             address = _mmap(None, size_bytes, True, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
         except OSError as error:
             raise MemoryError(f"{size_bytes} bytes cannot be had") from error
-        _libc.madvise(address, size_bytes, mmap.MADV_HUGEPAGE)  # a refusal costs only speed
+        _libc.madvise(address, size_bytes, _MADV_HUGEPAGE)  # a refusal costs only speed
         return Image(address=address, size_bytes=size_bytes, segment_address=0, segment_bytes=0, owned=True)
+
+    def ask_large_pages(self, image: Image, offset: int, *, wanted: bool) -> None:
+        """Whether pages of `own` memory from `offset` on that are touched later are to be large ones.
+
+        Where memory is fragmented the kernel moves other pages to make one: 0.3 GB/s instead of 1.6 GB/s was seen.
+        """
+        start = -(-offset // PAGE_BYTES) * PAGE_BYTES
+        if start < image.size_bytes:
+            advice = _MADV_HUGEPAGE if wanted else _MADV_NOHUGEPAGE
+            _libc.madvise(image.address + start, image.size_bytes - start, advice)
 
     def release(self, image: Image) -> None:
         """The image is not used any more: no view on it may be alive."""

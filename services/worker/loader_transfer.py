@@ -14,6 +14,7 @@ from services.worker.ports import LoadWatch
 from shared.contracts.residency import Lease
 
 REAL_TIME: Final = Time(now=time.perf_counter, sleep=time.sleep)
+SLOW_BYTES_PER_S: Final = 1e9  # copying within memory, if it has to wait for large pages
 
 
 class Placed:
@@ -90,17 +91,26 @@ class _Stoppable:
 
 
 class MemoryCopier:
-    """Copies from a segment at `source` to an image at `target`, at once. See `Copier`."""
+    """Copies from a segment at `source` to an image at `target`, at once. See `Copier`.
 
-    def __init__(self, source: int, target: int) -> None:
+    `slow` is called with an offset in the image, once, when copying has been slow up to there.
+    """
+
+    def __init__(self, source: int, target: int, slow: Callable[[int], None], time: Time = REAL_TIME) -> None:
         self._source = source
         self._target = target
+        self._slow: Callable[[int], None] | None = slow
+        self._time = time
         self._finished = 0
 
     def start(self, piece: Piece) -> None:
         """See `Copier`; ctypes lets go of the interpreter lock meanwhile."""
+        started = self._time.now()
         ctypes.memmove(self._target + piece.image_offset, self._source + piece.segment_offset, piece.length)
         self._finished += 1
+        if self._slow is not None and piece.length < SLOW_BYTES_PER_S * (self._time.now() - started):
+            self._slow(piece.image_offset + piece.length)
+            self._slow = None
 
     def finished(self) -> int:
         """See `Copier`."""
@@ -128,7 +138,11 @@ def in_memory(lease: Lease, mappings: Mappings, watch: LoadWatch) -> tuple[Image
         segment = mappings.hold(lease)
         try:
             arrivals = Arrivals(pieces, segment.word, own, REAL_TIME)
-            stream(arrivals, MemoryCopier(segment.address, image.address), own, REAL_TIME, windowed=True)
+            copier = MemoryCopier(
+                segment.address, image.address, lambda offset: mappings.ask_large_pages(image, offset, wanted=False)
+            )
+            stream(arrivals, copier, own, REAL_TIME, windowed=True)
+            mappings.ask_large_pages(image, 0, wanted=True)  # the kernel makes them in its own time
         finally:
             mappings.release(segment)
 
