@@ -51,7 +51,7 @@ class Heartbeat:
         self._over = asyncio.Event()
 
     def touch(self) -> None:
-        """The record changed: write it, unless that was done a moment ago at once, and tell those who keep a picture."""
+        """The record changed: write it (at once, if the last time is not just over) and tell who keeps a picture."""
         self._touched.set()
 
     async def push(self) -> None:
