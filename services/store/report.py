@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.store.events import PRIORITY_USER, StoredCheckpoint
+from services.store.events import StoredCheckpoint
 from services.store.eviction import keep_value
 from services.store.holdings import OnSsd
 from services.store.imports import RUNNING, Imports
@@ -24,7 +24,7 @@ class Report:
         self._peer_url = peer_url
 
     def record(self, phase: Phase, *, host: str, pid: int) -> ServerRecord:
-        """The server's record. The load queue is what a user's load would stand behind."""
+        """The server's record."""
         tiers = self._tiers
         dram, ssd, speeds = tiers.dram, tiers.ssd, tiers.speeds
         queue_bytes, drain_s = self._queue()
@@ -125,19 +125,18 @@ class Report:
         return arriving
 
     def _queue(self) -> tuple[int, float | None]:
-        """Bytes that users' loads and imports have yet to move, and the seconds that this takes (None: unknown)."""
+        """Bytes that loads and imports have yet to move, and the seconds that this takes (None: unknown)."""
         speeds, ahead, seconds = self._tiers.speeds, 0, 0.0
         known = True
         for load in (*self._loads.queued(), *self._loads.running()):
-            if load.priority == PRIORITY_USER:
-                left = max(0, load.total_bytes - load.done_bytes)
-                ahead += left
-                known &= speeds.ssd is not None or not left
-                seconds += speeds.read_s(left)
+            left = max(0, load.total_bytes - load.done_bytes)
+            ahead += left
+            known &= speeds.ssd is not None or not left
+            seconds += speeds.read_s(left)
         for job in self._imports.jobs.values():
-            if job.priority == PRIORITY_USER:
-                left = max(0, job.total_bytes - job.done_bytes)
-                ahead += left
-                known &= speeds.imported is not None and job.total_bytes > 0
-                seconds += speeds.import_s(left)
+            left = max(0, job.total_bytes - job.done_bytes)
+            ahead += left
+            own_s = job.progress(self._tiers.out.now, self._tiers.chunk_bytes).eta_s
+            known &= own_s is not None or (speeds.imported is not None and job.total_bytes > 0)
+            seconds += speeds.import_s(left) if own_s is None else own_s
         return ahead, seconds if known else None

@@ -340,6 +340,17 @@ def test_bytes_on_their_way_to_the_ssd_are_seen() -> None:
     assert (record.ssd_arriving, record.load_queue_bytes, record.load_drain_s) == ({"m": 2 * CHUNK}, 2 * CHUNK, None)
 
 
+def test_an_operators_import_is_work_too_and_its_own_pace_tells_how_long_it_takes() -> None:
+    desk = Desk()
+    desk.post(ImportAsked(Import(source=source("m"), wait_s=9), "i"))
+    desk.post(ImportPlanned(desk.take(PlanImport).source, "r1", 8 * CHUNK, 8 * CHUNK + 100))
+    run = desk.take(RunImport)
+    desk.now += 6.0
+    desk.post(ImportProgressed(run.source, 2 * CHUNK, 8 * CHUNK))
+    record = desk.record()
+    assert (record.loads, record.load_queue_bytes, record.load_drain_s) == (1, 6 * CHUNK, pytest.approx(18.0))
+
+
 # -- the next life -----------------------------------------------------------------------------------------------------
 
 
