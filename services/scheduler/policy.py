@@ -154,14 +154,15 @@ def too_large(need: Need, cluster: Cluster) -> Failure | None:
     if workers and all(cluster.memory_bytes(need, one) > one.memory_total_bytes for one in workers):
         best = max(workers, key=lambda one: one.memory_total_bytes - cluster.memory_bytes(need, one))
         needed = cluster.memory_bytes(need, best)
-        parts = f"{size(need.kv_bytes)} of it for the KV cache"
+        parts, advice = [f"{size(needed)}"], []
+        if need.kv_bytes:
+            parts.append(f"{size(need.kv_bytes)} of it for the KV cache")
+            advice.append("A shorter context needs less.")
         if best.device == "cpu" and needed > need.kv_bytes:
-            parts += ", as its parameters do not fit the DRAM pool"
-        return Failure(
-            code=Code.TOO_LARGE,
-            message=f"A replica needs {size(needed)}, {parts}; the largest worker has {size(best.memory_total_bytes)}. "
-            "A shorter context needs less.",
-        )
+            parts.append("as its parameters do not fit the DRAM pool")
+            advice.append("A larger pool (HEARTH_DRAM_BYTES; hearth up: --dram) would hold them.")
+        told = f"A replica needs {', '.join(parts)}; the largest worker has {size(best.memory_total_bytes)}."
+        return Failure(code=Code.TOO_LARGE, message=" ".join((told, *advice)))
     return None
 
 

@@ -238,7 +238,9 @@ def test_a_model_for_which_no_worker_has_room_is_refused_with_the_numbers(desk: 
     inspected(desk, weight_mib=1001)
     desk.answers()
     assert code_of(answers) is Code.TOO_LARGE
-    assert "1001 MiB" in answers[0].message  # type: ignore[attr-defined]
+    message = answers[0].message  # type: ignore[attr-defined]
+    assert "1001 MiB" in message
+    assert "context" not in message, "nobody has counted a KV cache yet"
     assert desk.deployments == {}
 
 
@@ -248,6 +250,7 @@ def test_a_context_larger_than_every_worker_is_refused_after_the_import(desk: De
     desk.imported(picture.checkpoint(kv=501))
     desk.answers()
     assert code_of(answers) is Code.TOO_LARGE
+    assert answers[-1].message.endswith("A shorter context needs less.")  # type: ignore[attr-defined]
     assert desk.deployments == {}
 
 
