@@ -156,6 +156,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--no-peer", action="store_true")
     options = parser.parse_args()
+    if options.scratch:
+        options.scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.scratch) as temporary:
         home = Path(temporary)
         source = generate((options.scratch or home) / options.shape, options.shape, "bfloat16")
