@@ -19,6 +19,7 @@ ID_CHARS: Final = 12
 SOURCE_CHARS: Final = 44
 EVERYWHERE: Final = "all"
 COLUMNS: Final = ("id", "model", "size", "dram", "ssd", "leases", "uses/h", "idle", "back in")
+SPARED: Final = ("uses/h", "leases", "idle")  # left out, in this order, where there is no room for all
 LEFT: Final = 2  # so many columns are aligned at the left
 GAP: Final = "  "
 
@@ -106,8 +107,11 @@ def arrived(done_bytes: int, image_bytes: int) -> str:
     return percent(done_bytes, image_bytes) if done_bytes else "–"
 
 
-def held_table(record: ServerRecord, held: Sequence[HeldCheckpoint], deployments: Sequence[DeploymentRecord]) -> Group:
-    """What a server holds, readable at 100 columns: a row of facts, below it where it comes from and who uses it."""
+def held_table(
+    record: ServerRecord, held: Sequence[HeldCheckpoint], deployments: Sequence[DeploymentRecord], width: int
+) -> Group:
+    """What a server holds, for a terminal of so many columns (80 do): a row of facts, below it where it comes from and
+    who uses it."""
     title = Text.assemble(
         (record.server_id, "bold"),
         f": {_count(len(held))} · DRAM {_used(record.dram_used_bytes, record.dram_capacity_bytes)}"
@@ -116,10 +120,14 @@ def held_table(record: ServerRecord, held: Sequence[HeldCheckpoint], deployments
     if not held:
         hint = Text("nothing yet (hearth store import DIR|hf:ORG/NAME|URL)\n", style="dim")
         return Group(title, hint)
-    facts = [_facts(one) for one in held]
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *facts, strict=True)]
-    lines: list[RenderableType] = [title, Text(_aligned(COLUMNS, widths), style="dim")]
-    for one, row in zip(held, facts, strict=True):
+    columns = list(zip(COLUMNS, *(_facts(one) for one in held), strict=True))
+    for name in SPARED:
+        if sum(max(map(len, column)) + len(GAP) for column in columns) - len(GAP) > width:
+            columns = [column for column in columns if column[0] != name]
+    widths = [max(map(len, column)) for column in columns]
+    head, *rows = zip(*columns, strict=True)
+    lines: list[RenderableType] = [title, Text(_aligned(head, widths), style="dim")]
+    for one, row in zip(held, rows, strict=True):
         names = [
             deployment.spec.name
             for deployment in deployments

@@ -212,7 +212,7 @@ def ls(options: argparse.Namespace) -> int:
         # Piped, rich would fold everything to 80 columns.
         console = console if console.is_terminal else Console(width=160)
         for record, held in found:
-            console.print(held_table(record, held, view.deployments))
+            console.print(held_table(record, held, view.deployments, console.width))
         return code
 
     return _run(options, work)

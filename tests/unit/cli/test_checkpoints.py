@@ -90,7 +90,7 @@ def test_what_is_on_its_way_or_quarantined_can_be_named() -> None:
 
 def shown(*held: HeldCheckpoint, width: int = 100) -> str:
     out = io.StringIO()
-    Console(file=out, width=width).print(held_table(server(1, ssd={}), held, VIEW.deployments))
+    Console(file=out, width=width).print(held_table(server(1, ssd={}), held, VIEW.deployments, width))
     return out.getvalue()
 
 
@@ -111,6 +111,15 @@ def test_a_checkpoint_in_two_lines() -> None:
         "abcccccccccc", "Llama", "float32", "12", "MiB", "100", "%", "41", "%", "2", "31.2", "42", "s", "6", "ms"
     ]  # fmt: skip
     assert lines[3].strip().endswith("xxx/model · demo · pinned in SSD")
+
+
+def test_on_a_narrow_terminal_the_least_interesting_columns_are_left_out() -> None:
+    long = msgspec.structs.replace(HELD, idle_s=115.0, uses_per_hour=0.678, source=None)
+    lines = shown(long, width=80).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[1].split() == ["id", "model", "size", "dram", "ssd", "leases", "idle", "back", "in"]
+    assert lines[2].endswith("6 ms")
+    assert shown(long, width=60).splitlines()[1].split() == ["id", "model", "size", "dram", "ssd", "back", "in"]
 
 
 def test_one_that_is_quarantined_says_why() -> None:
