@@ -15,6 +15,9 @@ from shared.contracts.residency import FAILED_TURN, Arrival, Lease, arrival_word
 from shared.errors import Code, HearthError
 
 POLL_S: Final = 0.0005  # between two looks at the board
+# While all of an image is waited for, only the last pieces have to be noticed at once; looking costs processor time.
+PATIENT_POLL_S: Final = 0.005
+LAST_PIECES: Final = 4
 PROGRESS_S: Final = 0.1  # between two words about how far it is
 RETELL_S: Final = 0.5  # after which a holder says again what it has consumed: such a message may get lost
 PIECE_BYTES: Final = 64 << 20  # of an image that is wholly there: bytes of one copy
@@ -147,22 +150,22 @@ class Arrivals:
         self._told_at: float | None = None
         self.arriving: Final = bool(self._missing)  # whether there ever was anything to wait for
 
-    def wait(self, number: int, meanwhile: Callable[[], None] | None = None) -> None:
-        """Until this piece is there; `meanwhile` is called at every look."""
+    def wait(self, number: int, meanwhile: Callable[[], None] | None = None, *, patient: bool = False) -> None:
+        """Until this piece is there; `meanwhile` is called at every look, which are rarer if the wait is `patient`."""
         started: float | None = None
         while not self._look(number):
             if started is None:
                 started = self._time.now()
             if meanwhile is not None:
                 meanwhile()
-            self.pause()
+            self.pause(PATIENT_POLL_S if patient else POLL_S)
         if started is not None:
             self.waited_s += self._time.now() - started
 
     def wait_all(self) -> None:
         """Until every piece is there, in whatever order they come."""
         for number in list(self._missing):
-            self.wait(number)
+            self.wait(number, patient=len(self._missing) > LAST_PIECES)
         if self._told_at is not None:
             self._watch.arrived(self._total_bytes, self._total_bytes)
 
@@ -175,10 +178,10 @@ class Arrivals:
         if piece.word and not is_there(piece, self._read_word(piece.word_offset)):
             raise HearthError(Code.CHECKPOINT_UNAVAILABLE, "The store has given the checkpoint's place away.")
 
-    def pause(self) -> None:
+    def pause(self, seconds: float = POLL_S) -> None:
         """Sleep for a moment; says how far the arrival is, now and then. Raises HearthError: DRAINING."""
         self.tell()
-        self._time.sleep(POLL_S)
+        self._time.sleep(seconds)
 
     def tell(self) -> None:
         """Say how far the arrival is, now and then. Raises HearthError: DRAINING (nobody wants to know any more)."""
