@@ -132,6 +132,7 @@ class Completions:
             await response.prepare(request)
             if not pieces:
                 await writer.write(sse.WAITING)
+            idle = sse.WAITING
             while True:
                 events, over = _render(pieces, rendering)
                 if over:
@@ -139,9 +140,12 @@ class Completions:
                     return response
                 if events:
                     await writer.write(events)
+                if pieces:
+                    last = pieces[-1]
+                    idle = sse.still(last.progress) if isinstance(last, Inform) else sse.WAITING
                 pieces = await buffer.take(KEEP_ALIVE_S)
                 if not pieces:
-                    await writer.write(sse.WAITING)
+                    await writer.write(idle)
         except (ClientConnectionResetError, ConnectionError):
             return response  # the client left; `close` tells the core
 

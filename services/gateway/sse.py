@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+import msgspec
+
 from shared.contracts.residency import Progress
 
 DONE: Final = b"data: [DONE]\n\n"
@@ -26,6 +28,11 @@ _WORDS: Final = {
     "reading": "loading",
     "attaching": "attaching",
 }
+
+
+def still(progress: Progress) -> bytes:
+    """The comment of somebody who has heard nothing new since: how far it was, without an ETA that has aged."""
+    return comment(describe(msgspec.structs.replace(progress, eta_s=None)))
 
 
 def describe(progress: Progress) -> str:

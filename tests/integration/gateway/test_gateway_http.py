@@ -219,10 +219,15 @@ async def test_a_stream_that_waits_is_kept_alive(
 ) -> None:
     monkeypatch.setattr(completions, "KEEP_ALIVE_S", 0.05)
     async with cluster(nats_url, redis_url, prefix, hold_headers_s=0.01) as it:
-        await it.deploy()
+        slug = await it.deploy()
         async with it.post("/v1/chat/completions", chat_body(stream=True)) as response:
             found = lines(response)
             assert [await anext(found) for _ in range(3)] == [": waiting"] * 3
+            progress = Progress(phase="importing", done_bytes=6, total_bytes=100, eta_s=3.1)
+            it.bus.publish(LOAD_PROGRESS, LoadProgress(deployment=slug, server_id="s", progress=progress), slug=slug)
+            while (line := await anext(found)) != ": importing 6 % eta 3.1 s":
+                assert line == ": waiting"
+            assert [await anext(found) for _ in range(2)] == [": importing 6 %"] * 2, "it is no further"
         await settled(it)
 
 
