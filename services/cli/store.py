@@ -6,10 +6,11 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import runpy
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -218,8 +219,16 @@ def ls(options: argparse.Namespace) -> int:
     return _run(options, work)
 
 
+def bench_words(rest: list[str], environment: Mapping[str, str]) -> list[str]:
+    """The arguments of `services.store.bench`: without a directory, that of the first store of `hearth up`, if any."""
+    if environment.get("HEARTH_STORE_DIR") or any(word.split("=")[0] in ("--dir", "-h", "--help") for word in rest):
+        return rest
+    stores = sorted(Path(environment.get("HEARTH_DATA_DIR") or ".hearth").glob("servers/*/store"))
+    return ["--dir", str(stores[0]), *rest] if stores else rest
+
+
 def bench(options: argparse.Namespace) -> int:
     """Run `hearth store bench`: the store's own measurement of this machine's disk, without a cluster."""
-    sys.argv = ["hearth store bench", *options.rest]
+    sys.argv = ["hearth store bench", *bench_words(options.rest, os.environ)]
     runpy.run_module("services.store.bench", run_name="__main__")
     return 0

@@ -46,7 +46,9 @@ MIB: Final = 1 << 20
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run it; the exit code (1: nothing could be measured, 2: wrong usage)."""
     parser = argparse.ArgumentParser(prog="hearth store bench", description=__doc__)
-    parser.add_argument("--dir", help="directory of the SSD tier (default: HEARTH_STORE_DIR)")
+    parser.add_argument(
+        "--dir", help="directory of the SSD tier (default: HEARTH_STORE_DIR, else the first of hearth up)"
+    )
     parser.add_argument("--bytes", default="1GiB", help="how much each setting reads (default: 1GiB)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     chosen = parser.parse_args(arguments)
