@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from services.store import events as e
+from shared.contracts.manifest import MANIFEST_NAME
 from shared.contracts.residency import (
     Acquire,
     Done,
@@ -380,7 +381,9 @@ def run_case(operation: Operation, scene: Scene, home: Path, fault: Fault) -> li
     found += last.get("found", [])
     what = " ".join(last.get("call", []))
     homes = [("", home)]
-    if dirty := last.get("dirty"):  # the power fails: names are on the disk, what was not flushed is not
+    # The power fails: names are on the disk, what was not flushed is not. Worst is when the manifest is, and no bytes.
+    dirty = last.get("dirty", [])
+    if dirty := [name for name in dirty if os.path.basename(name) != MANIFEST_NAME] or dirty:
         after = home.with_name(home.name + "-cut")
         shutil.rmtree(after, ignore_errors=True)
         shutil.copytree(home, after)
@@ -422,6 +425,30 @@ def faults_for(calls: Sequence[Call], reads: int, *, all_of_them: bool) -> list[
     return found
 
 
+def names_at_risk(calls: Sequence[Call]) -> list[str]:
+    """Which names a power cut could still undo, or undo too late, although every call went well.
+
+    A directory is flushed after a name in it was changed, and before what had that name is taken apart.
+    """
+    found: list[str] = []
+    for at, call in enumerate(calls):
+        if call.path.startswith("shm/") or not (call.name == "rename" or call.path.endswith("/.arriving")):
+            continue
+        if call.name not in ("rename", "unlink") or (call.path.startswith("store/incoming/") and not call.to):
+            continue
+        later = list(calls[at + 1 :])
+        for parent in {os.path.dirname(name) for name in (call.path, call.to) if name} - {"store/incoming"}:
+            flushed = next((n for n, one in enumerate(later) if (one.name, one.path) == ("fsync", parent)), None)
+            taken = next(
+                (n for n, one in enumerate(later) if one.name == "unlink" and one.path.startswith(call.to + "/")), None
+            )
+            if flushed is None:
+                found.append(f"{parent} is not flushed after {call}")
+            elif call.to.startswith("store/incoming/") and taken is not None and taken < flushed:
+                found.append(f"{call.to} is deleted before {parent} is flushed")
+    return found
+
+
 def main(arguments: Sequence[str]) -> int:
     """See the module's text."""
     name, base = arguments[0], Path(arguments[1])
@@ -432,6 +459,8 @@ def main(arguments: Sequence[str]) -> int:
     if status != 0 or told[-1]["found"]:
         print(json.dumps(f"without any fault: {told}"))
     calls = [Call(*call) for call in told[-1].get("calls", [])]
+    for one in names_at_risk(calls):
+        print(json.dumps(one))
     faults = faults_for(calls, told[-1].get("reads", 0), all_of_them="--all" in arguments)
     if "--calls" in arguments:
         for at, call in enumerate(calls, 1):
