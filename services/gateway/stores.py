@@ -41,6 +41,7 @@ from shared.subjects import EVICT, EXPORT, ID_PATTERN, IMPORT, LIST, PIN, PREFET
 
 POLL_S: Final = 0.5
 AWAY_S: Final = 10.0  # a store that restarts is back within this, and goes on where it was
+AWAY: Final = (Code.UNAVAILABLE, Code.DRAINING)  # what a store that restarts answers, or the bus in its place
 TIERS: Final = ("dram", "ssd")
 _ID_CHARS: Final = 64
 
@@ -270,7 +271,7 @@ class Stores:
                 # What has begun is not given up because the store is being restarted.
                 now = time.monotonic()
                 away_since = away_since or now
-                if not begun or error.failure.code is not Code.UNAVAILABLE or now - away_since > AWAY_S:
+                if not begun or error.failure.code not in AWAY or now - away_since > AWAY_S:
                     raise
                 await asyncio.sleep(POLL_S)
                 continue

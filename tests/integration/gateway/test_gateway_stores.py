@@ -247,6 +247,8 @@ async def test_what_has_begun_outlives_a_restart_of_the_store(nats_url: str, red
         store.answers[VERIFY] = [HALF]
         async with it.post(f"{ONE}/verify", None, headers=LINES) as response:
             await response.content.readline()
+            store.answers[VERIFY] = [Failure(code=Code.DRAINING, message="The store is shutting down.")]
+            await asyncio.sleep(0.6)
             await store.stop()
             await asyncio.sleep(0.6)
             store.answers[VERIFY] = [Verified(chunks=3)]
