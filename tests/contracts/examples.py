@@ -166,7 +166,7 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
                 revision="main",
                 quarantined="Chunk 3 is corrupt.",
             ),
-        )
+        ),
     ),
     residency.Renew(holder="w1", lease_ids=("l1",), ttl_s=15.0),
     residency.Renewed(unknown=("l1",)),
