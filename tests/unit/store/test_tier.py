@@ -347,3 +347,30 @@ def test_what_the_disk_refuses_is_a_typed_error(tmp_path: Path, monkeypatch: pyt
     assert os.listdir(tmp_path / "store" / "quarantine") == [place.name], "what is corrupt is aside, durably or not"
     tier.remove(place)  # and what could not be deleted is, with the next change
     assert os.listdir(tmp_path / "store" / "incoming") == []
+
+
+@pytest.mark.parametrize("deed", ["quarantine", "remove"])
+def test_what_the_disk_does_not_let_go_is_no_checkpoint_and_a_sound_copy_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deed: str
+) -> None:
+    tier = SsdTier(tmp_path)
+    place = publish(tier)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(HearthError, match="Input/output error") as caught:
+        tier.quarantine(place, "bad") if deed == "quarantine" else tier.remove(place)
+    assert caught.value.failure.code is Code.CHECKPOINT_UNAVAILABLE
+    assert place.is_dir()
+    assert tier.whole(place.name) is None
+    monkeypatch.undo()
+    assert publish(tier) == place
+    assert tier.whole(place.name) == place
+    tier.remove(tier.quarantined / place.name)  # as the core does when a sound copy has come
+    tier.remove(tier.checkpoints / "another")
+    assert tier.whole(place.name) == place
+    assert (place / WEIGHTS).exists()
+    assert os.listdir(tmp_path / "quarantine") == os.listdir(tmp_path / "incoming") == []
+    assert tier.unwanted == frozenset()
