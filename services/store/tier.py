@@ -95,7 +95,8 @@ class SsdTier:
 
     def free_bytes(self) -> int:
         """Bytes that the filesystem has free for us."""
-        status = os.statvfs(self.root)
+        with disk_errors(f"The SSD tier {self.root} cannot be read"):
+            status = os.statvfs(self.root)
         return status.f_bavail * status.f_frsize
 
     @property

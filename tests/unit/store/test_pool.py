@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import signal
@@ -320,3 +321,27 @@ def test_a_damaged_state_is_either_refused_or_means_what_it_says(tmp_path: Path,
                 assert set(range(part.offset // CHUNK, -(-(part.offset + part.length) // CHUNK))) <= taken
     finally:
         pool.close()
+
+
+def test_a_full_tmpfs_costs_the_state_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = open_pool(tmp_path)
+    assert pool.save(state_of(pool))
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    assert not pool.save(state_of(pool, at=4))
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == [pool.path.name], "an old state would claim what is overwritten"
+    assert pool.save(state_of(pool, at=4))
+    pool.close(keep=True)
+    again = open_pool(tmp_path)
+    assert again.restored == state_of(again, at=4)
+    again.close()
+
+
+def test_a_directory_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(HearthError, match=r"cannot be made in .*: No such file or directory") as caught:
+        open_pool(tmp_path / "gone")
+    assert caught.value.failure.code is Code.UNAVAILABLE
