@@ -1,6 +1,6 @@
 """Every environment variable that Hearth reads, in one place, with unit and default.
 
-A variable is `HEARTH_` + the field's name in capitals. A malformed value, or a `HEARTH_` variable that nobody knows,
+A variable is `HEARTH_` + the field's name in capitals; bytes may be written as 4096, 512MiB or 2GB. A malformed value, or a `HEARTH_` variable that nobody knows,
 is a start-up error: a typo must not silently mean the default.
 """
 
@@ -235,8 +235,9 @@ def load(kind: type[S], environ: Mapping[str, str] | None = None) -> S:
         if raw is None:
             continue
         try:
-            values[field.name] = msgspec.convert(raw, field.type, strict=False)
-        except msgspec.ValidationError as error:
+            given = parse_size(raw) if field.name.endswith("_bytes") else raw
+            values[field.name] = msgspec.convert(given, field.type, strict=False)
+        except (msgspec.ValidationError, SettingsError) as error:
             faults.append(f"{variable(field.name)}={raw!r} is malformed: {error}")
     if faults:
         raise SettingsError("; ".join(faults))

@@ -30,6 +30,13 @@ def test_values_are_converted_to_their_types() -> None:
     assert (settings.dram_bytes, settings.verify_loads, settings.own_id) == (1024, False, "a1")
 
 
+def test_bytes_may_have_units() -> None:
+    settings = load(StoreSettings, {"HEARTH_DRAM_BYTES": "1.5GiB", "HEARTH_SSD_BYTES": "20GB"})
+    assert (settings.dram_bytes, settings.ssd_bytes) == (3 * 2**29, 20 * 10**9)
+    with pytest.raises(SettingsError, match=r"HEARTH_DRAM_BYTES='much' is malformed: 'much' is no size"):
+        load(StoreSettings, {"HEARTH_DRAM_BYTES": "much"})
+
+
 def test_every_fault_is_named() -> None:
     with pytest.raises(SettingsError) as caught:
         load(
