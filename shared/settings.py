@@ -1,7 +1,7 @@
 """Every environment variable that Hearth reads, in one place, with unit and default.
 
-A variable is `HEARTH_` + the field's name in capitals; bytes may be written as 4096, 512MiB or 2GB. A malformed value, or a `HEARTH_` variable that nobody knows,
-is a start-up error: a typo must not silently mean the default.
+A variable is `HEARTH_` + the field's name in capitals; bytes may be written as 4096, 512MiB or 2GB. A malformed value,
+or a `HEARTH_` variable that nobody knows, is a start-up error: a typo must not silently mean the default.
 """
 
 from __future__ import annotations

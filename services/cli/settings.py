@@ -25,7 +25,8 @@ def markdown() -> str:
         "# Configuration",
         "",
         "Every environment variable that Hearth reads; written by `hearth settings --markdown`. A malformed value, or",
-        "a `HEARTH_` variable that is not in this list, is a start-up error. Bytes may be written as 4096, 512MiB or 2GB.",
+        "a `HEARTH_` variable that is not in this list, is a start-up error. Bytes may be written as 4096, 512MiB or",
+        "2GB.",
     ]
     for group, found in table().items():
         lines += ["", f"## {group[0].upper()}{group[1:]}", "", "| variable | default | meaning |", "|---|---|---|"]
