@@ -53,8 +53,8 @@ class Cluster:
                 "HEARTH_LOG_FORMAT": "json",
                 "HEARTH_DRAM_BYTES": str(dram_bytes),
                 "HEARTH_TORCH_THREADS": "1",
-                "HEARTH_IO_THREADS": "2",  # no test waits for the disk to be measured
-                "HEARTH_IO_BLOCK_BYTES": str(4 * MIB),
+                "HEARTH_IO_THREADS": "4",  # no test waits for the disk to be measured
+                "HEARTH_IO_BLOCK_BYTES": str(16 * MIB),
                 "PYTHONPATH": str(ROOT),
             }
             | (env or {})
