@@ -47,6 +47,9 @@ class Attacher:
         self._server_id = server_id
         self._loader = TorchLoader(device=device)
         self._loader.warm_up()
+        # Asked once, ahead of need, as a worker does: Python starts a program to find out about the processor, and
+        # that would wait for the disk behind the load.
+        self._on_cpu = self._loader.device.device == "cpu"
         self._held: tuple[Lease, Any, Image] | None = None
 
     def prepare(self, segment: str) -> dict[str, Any]:
@@ -96,7 +99,7 @@ class Attacher:
         return count
 
     def _attach(self, lease: Lease) -> tuple[Any, Image, dict[str, float]]:
-        if self._loader.device.device == "cpu":
+        if self._on_cpu:
             attached = attach(lease, self._loader._mappings)
             return attached.model, attached.image, dataclasses.asdict(attached.times)
         # As `TorchLoader.load` does it, without tokenizer and engine.
