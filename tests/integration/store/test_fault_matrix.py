@@ -28,7 +28,7 @@ def test_a_fault_at_every_call_leaves_nothing_false_and_nothing_behind(operation
     assert cases > 10
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_every_fault_at_every_call(operation: str, tmp_path: Path) -> None:

@@ -344,7 +344,7 @@ async def test_killed_again_and_again_leases_keep_their_bytes(
     await kill_again_and_again(tmp_path, settings, bus, registry, seconds=10, seed=3)
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("seed", range(3))
 async def test_killed_for_minutes(
