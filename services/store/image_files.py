@@ -4,41 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from shared.contracts.manifest import PAGE_BYTES, Manifest, WeightFile, padded_bytes
+from services.store.manifest import file_pieces
+from shared.contracts.manifest import PAGE_BYTES, Manifest, WeightFile
 from shared.errors import Code, HearthError
 
 _DIRECT: Final = getattr(os, "O_DIRECT", 0)
 _NO_DIRECT: Final = (errno.EINVAL, errno.EOPNOTSUPP)  # how file systems say that they cannot do O_DIRECT
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """`data_bytes` of file `file` from byte `offset`, at byte `at` of a chunk; up to `length` they are padding."""
-
-    file: int
-    offset: int
-    length: int
-    data_bytes: int
-    at: int
-
-
-def _pieces(files: Sequence[WeightFile], chunk_bytes: int, index: int) -> Iterator[_Piece]:
-    """Where chunk `index` of the image of these files lies. Offsets and lengths are whole pages."""
-    begin, end = index * chunk_bytes, (index + 1) * chunk_bytes
-    start = 0
-    for number, file in enumerate(files):
-        low, high = max(begin, start), min(end, start + padded_bytes(file.bytes))
-        if low < high:
-            offset = low - start
-            data_bytes = max(0, min(high - start, file.bytes) - offset)
-            yield _Piece(file=number, offset=offset, length=high - low, data_bytes=data_bytes, at=low - begin)
-        start += padded_bytes(file.bytes)
 
 
 def _cannot(verb: str, name: str, error: OSError) -> HearthError:
@@ -168,7 +144,7 @@ class StoredImage:
 
     def read(self, index: int, into: memoryview) -> None:
         """Fill `into` with chunk `index`, the padding of files included."""
-        for piece in _pieces(self._specs, self._chunk_bytes, index):
+        for piece in file_pieces(self._specs, self._chunk_bytes, index):
             file = self._files[piece.file]
             try:
                 file.read(into[piece.at : piece.at + piece.length], piece.offset, piece.data_bytes, self._block_bytes)
@@ -217,7 +193,7 @@ class ImageWriter:
 
     def write(self, index: int, view: memoryview) -> None:
         """Write chunk `index` from `view`, which lies at a page boundary; padding is left out."""
-        for piece in _pieces(self._specs, self._chunk_bytes, index):
+        for piece in file_pieces(self._specs, self._chunk_bytes, index):
             file = self._files[piece.file]
             try:
                 file.write(view[piece.at : piece.at + piece.data_bytes], piece.offset)
@@ -243,7 +219,7 @@ def rewrite(directory: Path, manifest: Manifest, index: int, view: memoryview) -
 
     Raises `HearthError` like `ImageWriter`.
     """
-    for piece in _pieces(manifest.files, manifest.chunk_bytes, index):
+    for piece in file_pieces(manifest.files, manifest.chunk_bytes, index):
         (file,) = _open_all(directory, [manifest.files[piece.file]], os.O_RDWR, "written")
         try:
             file.write(view[piece.at : piece.at + piece.data_bytes], piece.offset)

@@ -15,7 +15,15 @@ from typing import Final
 
 import msgspec
 
-from shared.contracts.manifest import FORMAT_VERSION, MANIFEST_NAME, PAGE_BYTES, Manifest, TensorEntry, padded_bytes
+from shared.contracts.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    PAGE_BYTES,
+    Manifest,
+    TensorEntry,
+    WeightFile,
+    padded_bytes,
+)
 from shared.contracts.residency import Extent
 from shared.errors import Code, HearthError
 
@@ -494,13 +502,20 @@ def plan_reads(manifest: Manifest, extents: Sequence[Extent]) -> list[ChunkRead]
 
 def chunk_pieces(manifest: Manifest, index: int) -> Iterator[FilePiece]:
     """The reads that make one chunk of the image, in its order; together they are as long as the chunk."""
-    begin, end = index * manifest.chunk_bytes, (index + 1) * manifest.chunk_bytes
-    for number, (start, file) in enumerate(zip(manifest.starts(), manifest.files, strict=True)):
+    return file_pieces(manifest.files, manifest.chunk_bytes, index)
+
+
+def file_pieces(files: Iterable[WeightFile], chunk_bytes: int, index: int) -> Iterator[FilePiece]:
+    """Where chunk `index` of the image that these files make lies in them."""
+    begin, end = index * chunk_bytes, (index + 1) * chunk_bytes
+    start = 0
+    for number, file in enumerate(files):
         low, high = max(begin, start), min(end, start + padded_bytes(file.bytes))
         if low < high:
             offset = low - start
             data_bytes = max(0, min(high - start, file.bytes) - offset)
             yield FilePiece(file=number, offset=offset, length=high - low, data_bytes=data_bytes, at=low - begin)
+        start += padded_bytes(file.bytes)
 
 
 def slice_extents(extents: Sequence[Extent], begin: int, end: int) -> list[Extent]:
