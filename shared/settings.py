@@ -48,9 +48,11 @@ class CommonSettings(msgspec.Struct, frozen=True, kw_only=True):
     record_ttl_s: Annotated[Seconds, _doc("seconds after which a record without heartbeat is gone")] = 5.0
     drain_s: Annotated[Seconds, _doc("seconds that running requests get to finish at shutdown")] = 30.0
     ack_wait_s: Annotated[Seconds, _doc("seconds after which the queue gives a silent worker's request to another")] = (
-        10.0
+        5.0
     )
-    max_deliveries: Annotated[Count, _doc("tries of one request before it fails with worker_lost")] = 5
+    max_deliveries: Annotated[
+        Count, _doc("workers that one request may lose, shortly after it came to them, before it fails")
+    ] = 5
 
     @property
     def own_id(self) -> str:
@@ -70,6 +72,10 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True):
     max_body_bytes: Annotated[Bytes, _doc("largest request body in bytes")] = 4 * 2**20
     max_open_requests: Annotated[Count, _doc("requests open at once in this gateway")] = 10_000
     max_choices: Annotated[Count, _doc("largest n × prompts of one call")] = 16
+    check_s: Annotated[
+        Seconds, _doc("seconds of silence after which a worker is asked whether it still runs a request")
+    ] = 0.5
+    lost_after_s: Annotated[Seconds, _doc("seconds after which a worker that does not answer is held for lost")] = 3.0
     stream_buffer_bytes: Annotated[Bytes, _doc("bytes kept for a client that reads slowly, then it is dropped")] = (
         4 * 2**20
     )
@@ -109,6 +115,12 @@ class WorkerSettings(CommonSettings, frozen=True, kw_only=True):
     worker_max_replicas: Annotated[Count, _doc("replicas attached at once")] = 8
     torch_threads: Annotated[int, msgspec.Meta(ge=0), _doc("threads of one torch operation; 0: torch's default")] = 0
     lease_ttl_s: Annotated[Seconds, _doc("seconds that a lease outlives its last renewal")] = 15.0
+    hold_s: Annotated[Seconds, _doc("seconds between two reports to a gateway on what runs for it")] = 2.0
+    gateway_lost_s: Annotated[
+        Seconds,
+        _doc("seconds after which a gateway that does not answer is held for lost, and its requests are dropped"),
+    ] = 5.0
+    engine_stall_s: Annotated[Seconds, _doc("seconds after which a step that does not end ends the worker")] = 120.0
     engine: Annotated[str, _doc("auto, batching, sequential, or null (costs nothing, for benchmarks)")] = "auto"
     kv_bytes_max: Annotated[Bytes, _doc("largest KV cache of one replica in bytes (one full context always fits)")] = (
         256 * 2**20

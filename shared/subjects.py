@@ -11,8 +11,37 @@ from typing import Any, Final, Generic, TypeVar
 
 from shared.contracts.events import ClusterEvent, RecordChanged
 from shared.contracts.generation import FrameBatch
+from shared.contracts.migration import (
+    AbandonRound,
+    Drain,
+    HandedOver,
+    HandOver,
+    ListRequests,
+    Migrate,
+    Migrating,
+    MigrationEnded,
+    Move,
+    Moved,
+    Moving,
+    Relief,
+    RequestList,
+    Round,
+    RoundDone,
+    RoundPending,
+)
 from shared.contracts.placement import Delete, Deploy, Deployed, Deploying, LoadReplica, ReplicaFailed, StopReplica
-from shared.contracts.requests import Cancel, Claim, Claimed, Demand, Gone, Request
+from shared.contracts.requests import (
+    Cancel,
+    Check,
+    Claim,
+    Claimed,
+    Demand,
+    Gone,
+    Holds,
+    Request,
+    Running,
+    Unwanted,
+)
 from shared.contracts.residency import (
     Acquire,
     CheckpointList,
@@ -103,6 +132,26 @@ CLAIM: Final[Endpoint[Claim, Claimed | Gone]] = Endpoint("v1.gateway.{gateway_id
 FRAMES: Final = Topic("v1.gateway.{gateway_id}.frames", FrameBatch)
 CANCEL: Final = Topic("v1.worker.{worker_id}.cancel", Cancel)
 
+CHECK: Final[Endpoint[Check, Running]] = Endpoint("v1.worker.{worker_id}.check", Check, (Running,), 1.0)
+HOLDS: Final[Endpoint[Holds, Unwanted]] = Endpoint("v1.gateway.{gateway_id}.holds", Holds, (Unwanted,), 1.0)
+
+# -- migration
+MOVE: Final[Endpoint[Move, Moving | Moved]] = Endpoint("v1.scheduler.move", Move, (Moving, Moved), 5.0)
+MIGRATE: Final[Endpoint[Migrate, Migrating]] = Endpoint("v1.worker.{worker_id}.migrate", Migrate, (Migrating,), 2.0)
+ROUND: Final[Endpoint[Round, RoundPending | RoundDone]] = Endpoint(
+    "v1.worker.{worker_id}.round", Round, (RoundPending, RoundDone), 2.0
+)
+HAND_OVER: Final[Endpoint[HandOver, HandedOver]] = Endpoint(
+    "v1.worker.{worker_id}.hand_over", HandOver, (HandedOver,), 3.0
+)
+ABANDON: Final = Topic("v1.worker.{worker_id}.abandon", AbandonRound)
+MIGRATION_ENDED: Final = Topic("v1.migrations.{worker_id}", MigrationEnded)
+RELIEF: Final = Topic("v1.scheduler.relief", Relief)
+DRAIN: Final[Endpoint[Drain, Done]] = Endpoint("v1.worker.{worker_id}.drain", Drain, (Done,), 2.0)
+LIST_REQUESTS: Final[Endpoint[ListRequests, RequestList]] = Endpoint(
+    "v1.worker.{worker_id}.requests", ListRequests, (RequestList,), 2.0
+)
+
 # -- placement
 DEPLOY: Final[Endpoint[Deploy, Deploying | Deployed]] = Endpoint(
     "v1.scheduler.deploy", Deploy, (Deploying, Deployed), 5.0
@@ -144,6 +193,7 @@ RECORD_CHANGED: Final = Topic("v1.records.{kind}", RecordChanged)
 EVENTS: Final = Topic("v1.events.{service}", ClusterEvent)
 
 CONVERSATIONS: Final[tuple[Topic[Any] | Endpoint[Any, Any] | WorkQueue[Any], ...]] = (
-    REQUESTS, DEMAND, CLAIM, FRAMES, CANCEL, DEPLOY, DELETE, LOAD, STOP, REPLICA_FAILED, INSPECT, IMPORT, ACQUIRE,
+    REQUESTS, DEMAND, CLAIM, FRAMES, CANCEL, CHECK, HOLDS, MOVE, MIGRATE, ROUND, HAND_OVER, ABANDON, MIGRATION_ENDED,
+    RELIEF, DRAIN, LIST_REQUESTS, DEPLOY, DELETE, LOAD, STOP, REPLICA_FAILED, INSPECT, IMPORT, ACQUIRE,
     RENEW, RELEASE, EVICT, CONSUMED, PREFETCH, PIN, VERIFY, EXPORT, LIST, LOAD_PROGRESS, RECORD_CHANGED, EVENTS,
 )  # fmt: skip

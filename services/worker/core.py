@@ -17,7 +17,7 @@ import msgspec
 
 from services.worker import events as e
 from services.worker.generation import Generation, limit_tokens
-from services.worker.ports import EndReason, EngineDied, EngineEvent, SequenceEnd, StepToken
+from services.worker.ports import EndReason, EngineDied, EngineEvent, KvShort, SequenceEnd, StepToken
 from services.worker.replica import Replica
 from shared.contracts.generation import End, FinishReason, Frame, FrameBatch, Ledger
 from shared.contracts.placement import LoadReplica, ReplicaFailed, StopReplica
@@ -514,7 +514,7 @@ class WorkerCore:
                     if event.sequence_id in self._sequences:
                         touched[event.sequence_id] = self._sequences[event.sequence_id]
                         ends[event.sequence_id] = event
-                case EngineDied():
+                case EngineDied() | KvShort():
                     pass
                 case _:
                     assert_never(event)

@@ -92,6 +92,7 @@ class ThreadedEngine:
         self._closing = False
         self._allowed_until = math.inf
         self._dead: Failure | None = None
+        self._step_began_at: float | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -147,6 +148,11 @@ class ThreadedEngine:
             if sequence_id in self._live:
                 self._commands.append(sequence_id)
                 self._changed.notify()
+
+    @property
+    def step_began_at(self) -> float | None:
+        """See `Engine`."""
+        return self._step_began_at
 
     def allow_until(self, at: float) -> None:
         """See `Engine`."""
@@ -225,7 +231,9 @@ class ThreadedEngine:
             if running:
                 if self._clock() >= self._allowed_until and not self._allowed():
                     continue  # a command came, or the end
+                self._step_began_at = self._clock()
                 events = stepper.step()
+                self._step_began_at = None
                 # A pause in the middle of the step: its tokens count only if the bytes are found to be the same still.
                 while self._clock() >= self._allowed_until:
                     if not self._allowed(whatever_comes=True):
@@ -252,6 +260,7 @@ class ThreadedEngine:
         self._sink(events)
 
     def _end(self, failure: Failure | None) -> None:
+        self._step_began_at = None
         with self._changed:
             self._dead = failure or Failure(code=Code.DRAINING, message="The engine is closed.")
             live = sorted(self._live)

@@ -7,16 +7,46 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from services.worker.ports import Engine, EngineEvent, Loaded, Tokenizer
 from shared.contracts.generation import FrameBatch
+from shared.contracts.migration import (
+    AbandonRound,
+    HandedOver,
+    HandOver,
+    Migrate,
+    Migrating,
+    MigrationEnded,
+    Relief,
+    RequestList,
+    Round,
+    RoundDone,
+    RoundPending,
+)
 from shared.contracts.placement import LoadReplica, ReplicaFailed, StopReplica
-from shared.contracts.requests import Cancel, Claim, Claimed, Gone, Request, Sampling
+from shared.contracts.requests import (
+    Cancel,
+    Check,
+    Claim,
+    Claimed,
+    Gone,
+    Holds,
+    Request,
+    Running,
+    Sampling,
+    Unwanted,
+)
 from shared.contracts.residency import Consumed, Done, Lease, LoadProgress, Progress, Release, Renewed
 from shared.errors import Failure
 
 Reply = Callable[[Done | Failure], None]
+MigrateReply = Callable[[Migrating | Failure], None]
+RoundReply = Callable[[RoundPending | RoundDone | Failure], None]
+HandOverReply = Callable[[HandedOver | Failure], None]
+CheckReply = Callable[[Running | Failure], None]
+ListReply = Callable[[RequestList | Failure], None]
+Answer = Done | Migrating | RoundPending | RoundDone | HandedOver | Running | RequestList | Failure
 
 
 class Puller(Protocol):
@@ -51,6 +81,14 @@ class StopAsked:
 @dataclass(frozen=True, slots=True)
 class DrainAsked:
     """The process shall end: finish or give back, then `Drained`."""
+
+
+@dataclass(frozen=True, slots=True)
+class DrainSet:
+    """The operator wants the worker to be empty (`on`), or to take work again."""
+
+    on: bool
+    reply: Reply
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +214,7 @@ class DeliveryArrived:
     request: Request
     token: str
     delivery: int
+    sequence: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +257,86 @@ class CancelArrived:
     message: Cancel
 
 
+@dataclass(frozen=True, slots=True)
+class CheckAsked:
+    """A gateway has not heard of some requests for a while."""
+
+    message: Check
+    reply: CheckReply
+
+
+@dataclass(frozen=True, slots=True)
+class HoldsAnswered:
+    """A gateway's answer to what runs for it. `unserved`: there is no such gateway on the bus."""
+
+    gateway_id: str
+    answer: Unwanted | Failure
+    unserved: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ListAsked:
+    """The operator wants to know what runs here."""
+
+    reply: ListReply
+
+
+@dataclass(frozen=True, slots=True)
+class MigrateAsked:
+    """The scheduler wants requests to move to another worker."""
+
+    message: Migrate
+    reply: MigrateReply
+
+
+@dataclass(frozen=True, slots=True)
+class RoundAsked:
+    """A source sends tokens, or waits on for their prefill."""
+
+    message: Round
+    reply: RoundReply
+
+
+@dataclass(frozen=True, slots=True)
+class HandOverAsked:
+    """A source has stopped."""
+
+    message: HandOver
+    reply: HandOverReply
+
+
+@dataclass(frozen=True, slots=True)
+class AbandonArrived:
+    """A source needs its destination no more."""
+
+    message: AbandonRound
+
+
+@dataclass(frozen=True, slots=True)
+class RoundAnswered:
+    """The destination's answer to a round."""
+
+    migration_id: str
+    number: int
+    answer: RoundPending | RoundDone | Failure
+
+
+@dataclass(frozen=True, slots=True)
+class HandOverAnswered:
+    """The destination's answer to a hand-over."""
+
+    migration_id: str
+    answer: HandedOver | Failure
+
+
+@dataclass(frozen=True, slots=True)
+class ReclaimAnswered:
+    """The gateway's answer to a source that wants its request back."""
+
+    migration_id: str
+    answer: Claimed | Gone | Failure
+
+
 Event = (
     LoadAsked
     | StopAsked
@@ -254,8 +373,8 @@ Event = (
 class ReplyTo:
     """Answer a call."""
 
-    reply: Reply
-    answer: Done | Failure
+    reply: Callable[[Any], None]
+    answer: Answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -414,6 +533,35 @@ class RequestFinished:
 
 
 @dataclass(frozen=True, slots=True)
+class Abandon:
+    """Tell a destination that a migration is over."""
+
+    worker_id: str
+    message: AbandonRound
+
+
+@dataclass(frozen=True, slots=True)
+class PublishMigrationEnded:
+    """Tell who listens how a migration ended, as its source saw it."""
+
+    message: MigrationEnded
+
+
+@dataclass(frozen=True, slots=True)
+class PublishRelief:
+    """Tell the scheduler that a replica is short of KV memory."""
+
+    message: Relief
+
+
+@dataclass(frozen=True, slots=True)
+class SetPhase:
+    """The operator's drain begins or ends: the worker's record says so."""
+
+    draining: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Drained:
     """Nothing runs and nothing is held any more."""
 
@@ -497,6 +645,40 @@ class Tokenise:
     token: str
     request: Request
     tokenizer: Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class TellHolds:
+    """Tell a gateway what runs for it."""
+
+    gateway_id: str
+    message: Holds
+
+
+@dataclass(frozen=True, slots=True)
+class SendRound:
+    """Send a round to the destination."""
+
+    worker_id: str
+    message: Round
+
+
+@dataclass(frozen=True, slots=True)
+class SendHandOver:
+    """Hand a request over to the destination."""
+
+    worker_id: str
+    migration_id: str
+    message: HandOver
+
+
+@dataclass(frozen=True, slots=True)
+class Reclaim:
+    """Take a request back at its gateway."""
+
+    migration_id: str
+    gateway_id: str
+    message: Claim
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,15 @@ class EngineDied:
     failure: Failure
 
 
-EngineEvent = StepToken | SequenceEnd | EngineDied
+@dataclass(frozen=True, slots=True)
+class KvShort:
+    """The KV cache is too small for what the engine was given: `sequences` wait for blocks, though they have begun or
+    there would be a slot for them. Told when it begins and at most once a second while it lasts."""
+
+    sequences: int
+
+
+EngineEvent = StepToken | SequenceEnd | EngineDied | KvShort
 
 # Called on the engine's own thread (or on the caller's, for a submission that is refused at once), with everything that
 # one step brought, in order. It must be quick, thread-safe and must not raise: typically `Driver.post_threadsafe`.
@@ -117,6 +125,10 @@ class Engine(Protocol):
 
     def cancel(self, sequence_id: str) -> None:
         """Stop a sequence within one step: `SequenceEnd` (CANCELLED). Unknown and ended ids are ignored."""
+
+    @property
+    def step_began_at(self) -> float | None:
+        """The monotonic second at which the step under way began; None between steps. For who looks after a hang."""
 
     def allow_until(self, at: float) -> None:
         """The parameters are what they should be until monotonic second `at` (`time.monotonic`; infinity: for good).

@@ -46,6 +46,9 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     load commanded), `import_s` (source → SSD), `read_s` (SSD → DRAM), `attach_s` (DRAM → usable parameters, engine
     ready). `tier` names the tier in which the load found the checkpoint: "accelerator" (warm), "dram", "ssd",
     "remote". Then `prefill_s` (claim → first token) and `decode_s` (first → last token).
+
+    A request that moved counts its `migrations` and their `rounds`, one that lost its worker its `recoveries`;
+    `pause_s` is the longest time between two tokens over which its owner changed.
     """
 
     cold: bool = False
@@ -62,6 +65,8 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     dram_bytes: int = 0
     migrations: int = 0
     recoveries: int = 0
+    rounds: int = 0
+    pause_s: float = 0.0
 
 
 class Frame(msgspec.Struct, frozen=True, kw_only=True, tag="frame", omit_defaults=True):
@@ -96,8 +101,21 @@ class End(msgspec.Struct, frozen=True, kw_only=True, tag="end", omit_defaults=Tr
     ledger: Ledger = Ledger()
 
 
-class FrameBatch(msgspec.Struct, frozen=True, kw_only=True, tag="frames"):
-    """What one worker has for one gateway after one decode step, in order."""
+class GivenBack(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """The owner of a request (at `epoch`) stops and gives it back to the queue.
+
+    `fault`: its engine died or ran out of memory, which counts against the request; else (a drain, a lost lease) it
+    does not.
+    """
+
+    request_id: str
+    epoch: int
+    fault: bool
+
+
+class FrameBatch(msgspec.Struct, frozen=True, kw_only=True, tag="frames", omit_defaults=True):
+    """What one worker has for one gateway after one decode step, in order; `given_back` comes after all `items`."""
 
     worker_id: str
     items: tuple[Frame | End, ...]
+    given_back: tuple[GivenBack, ...] = ()

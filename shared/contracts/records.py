@@ -6,6 +6,7 @@ import enum
 
 import msgspec
 
+from shared.contracts.migration import MigrationInFlight
 from shared.contracts.residency import Checkpoint, Progress, Source
 from shared.errors import Failure
 
@@ -117,7 +118,8 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True, tag="server_record
 class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True, tag="worker_record", omit_defaults=True):
     """A worker and its device.
 
-    Memory is what replicas can use: on CUDA parameters + KV cache, on the CPU the KV cache.
+    Memory is what replicas can use: on CUDA parameters + KV cache, on the CPU the KV cache. `migrations` are those that
+    leave this worker now (the first 64); `incoming` counts those that arrive.
     """
 
     worker_id: str
@@ -130,6 +132,8 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True, tag="worker_record
     memory_used_bytes: int
     max_replicas: int
     epoch: int = 0
+    migrations: tuple[MigrationInFlight, ...] = ()
+    incoming: int = 0
 
 
 class ReplicaRecord(msgspec.Struct, frozen=True, kw_only=True, tag="replica_record", omit_defaults=True):

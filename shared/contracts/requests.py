@@ -76,13 +76,23 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
     traceparent: str | None = None
 
 
-class Claim(msgspec.Struct, frozen=True, kw_only=True, tag="claim"):
-    """A worker asks the gateway for the ownership of a request. `delivery` counts the queue's deliveries from 1."""
+class Claim(msgspec.Struct, frozen=True, kw_only=True, tag="claim", omit_defaults=True):
+    """A worker asks the gateway for the ownership of a request. `delivery` counts the queue's deliveries from 1.
+
+    `token` acknowledges the queue's message, by whomsoever: with it the gateway gives a lost owner's request back.
+    `sequence` says which message that is (0: not told). `after_epoch` makes it a compare-and-set: ownership is given
+    only if the request's epoch is this one still, else `stale_epoch`; -1 claims in any case. `claim_id` makes it
+    idempotent: the same id gets the same epoch again ("": every claim is a new one).
+    """
 
     request_id: str
     worker_id: str
     replica_id: str
     delivery: int = 1
+    token: str = ""
+    sequence: int = 0
+    after_epoch: int = -1
+    claim_id: str = ""
 
 
 class Claimed(msgspec.Struct, frozen=True, kw_only=True, tag="claimed", omit_defaults=True):
@@ -107,13 +117,51 @@ class Gone(msgspec.Struct, frozen=True, kw_only=True, tag="gone"):
 class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag="cancel", omit_defaults=True):
     """Gateway → worker: stop working on this request (at this epoch or an older one).
 
-    With `requeue` the queue message goes back (negative acknowledgement) so that another claim can resume it;
-    without, it is acknowledged.
+    With `requeue` the queue message goes back (negative acknowledgement) so that another claim can resume it. With
+    `superseded` somebody else owns the request: the message is theirs and is left alone. Otherwise it is acknowledged.
     """
 
     request_id: str
     epoch: int
     requeue: bool = False
+    superseded: bool = False
+
+
+class Owned(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """A request at an epoch. `index` counts the output tokens that were sent to the gateway, or have reached it."""
+
+    request_id: str
+    epoch: int
+    index: int = 0
+
+
+class Check(msgspec.Struct, frozen=True, kw_only=True, tag="check"):
+    """Gateway → worker: I have heard nothing of these for a while; do you still run them?
+
+    Answered with those that the worker does run. Who serves no such call any more is dead, who does not answer hangs.
+    """
+
+    requests: tuple[Owned, ...]
+
+
+class Running(msgspec.Struct, frozen=True, kw_only=True, tag="running", omit_defaults=True):
+    """The requests of a `Check` that run here. `index` beyond what the gateway has means that frames were lost."""
+
+    requests: tuple[Owned, ...] = ()
+
+
+class Holds(msgspec.Struct, frozen=True, kw_only=True, tag="holds"):
+    """Worker → gateway, every few seconds: I run these requests of yours."""
+
+    worker_id: str
+    requests: tuple[Owned, ...]
+
+
+class Unwanted(msgspec.Struct, frozen=True, kw_only=True, tag="unwanted", omit_defaults=True):
+    """The requests of a `Holds` for which nobody waits (`ended`), or which somebody else owns now (`superseded`)."""
+
+    ended: tuple[str, ...] = ()
+    superseded: tuple[str, ...] = ()
 
 
 class Demand(msgspec.Struct, frozen=True, kw_only=True, tag="demand"):
@@ -123,6 +171,6 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True, tag="demand"):
 
 
 __all__ = [
-    "Cancel", "ChatMessage", "ChatPrompt", "Claim", "Claimed", "Demand", "Failure", "Gone", "Prompt", "Request",
-    "Sampling", "TextPrompt", "TokensPrompt",
+    "Cancel", "ChatMessage", "ChatPrompt", "Check", "Claim", "Claimed", "Demand", "Failure", "Gone", "Holds", "Owned",
+    "Prompt", "Request", "Running", "Sampling", "TextPrompt", "TokensPrompt", "Unwanted",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from shared import codec, subjects
-from shared.contracts import events, generation, placement, records, requests, residency
+from shared.contracts import events, generation, migration, placement, records, requests, residency
 from shared.errors import Failure
 from tests.contracts.examples import EXAMPLES
 
@@ -27,7 +27,7 @@ INLINE = {"Kind", "DeploymentSpec", "ClusterView"}  # parts of others, or never 
 
 def wire_types() -> list[type[msgspec.Struct]]:
     found: list[type[msgspec.Struct]] = [Failure]
-    for module in (requests, generation, residency, placement, records, events):
+    for module in (requests, generation, migration, residency, placement, records, events):
         for _, kind in inspect.getmembers(module, inspect.isclass):
             if issubclass(kind, msgspec.Struct) and kind.__module__ == module.__name__:
                 found.append(kind)
