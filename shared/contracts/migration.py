@@ -34,9 +34,16 @@ class MigrationReason(enum.StrEnum):
 class Move(msgspec.Struct, frozen=True, kw_only=True, tag="move", omit_defaults=True):
     """Anybody → scheduler: move running requests (long poll, idempotent by `move_id`): `Moving`, `Moved` or a failure.
 
-    Either `request_ids` or `replica_id` says which: requests of worker `from_worker_id`, or `most` requests of a
-    replica (0: all). `to_worker_id` "" leaves the destination to the scheduler. The destination loads the model first
-    if it must.
+    `request_ids` of worker `from_worker_id`, or, where there are none, `most` requests of its replica `replica_id` (0:
+    all). With `request_ids`, `replica_id` says in which replica of that worker they run, and thereby which model a
+    destination must have: all of them run in the one; "" will do where the worker has but one replica. Neither of the
+    two is `invalid_request`. `to_worker_id` "" leaves the destination to the scheduler. The destination loads the model
+    first if it must. The same `move_id` with other contents is a `conflict`.
+
+    Failures: `not_found` (no such worker or replica; it does not run these requests), `conflict` (the destination is
+    the source, leaves, or has another revision of the model; a request or the replica is being moved already),
+    `no_capacity` (no worker can hold the model, and why), `busy` (no free slot at the destination, for a while),
+    `unavailable` (the source does not answer, the scheduler starts, time is up).
     """
 
     move_id: str
@@ -58,9 +65,13 @@ class Moving(msgspec.Struct, frozen=True, kw_only=True, tag="moving", omit_defau
 
 
 class Moved(msgspec.Struct, frozen=True, kw_only=True, tag="moved", omit_defaults=True):
-    """Every migration of a move has ended."""
+    """A move is over: `ended` are the migrations whose end was heard of, well or not.
+
+    `failure`: why not all of what was asked for has begun to move, if so.
+    """
 
     ended: tuple[MigrationEnded, ...] = ()
+    failure: Failure | None = None
 
 
 class Migrate(msgspec.Struct, frozen=True, kw_only=True, tag="migrate", omit_defaults=True):

@@ -143,7 +143,7 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
         wait_s=2.0,
     ),
     migration.Moving(phase="loading", open_requests=1, to_worker_id="w2"),
-    migration.Moved(ended=(ENDED,)),
+    migration.Moved(ended=(ENDED,), failure=Failure(code=Code.BUSY, message="No slot is free.")),
     migration.Migrate(
         to_worker_id="w2",
         to_replica_id="p2",
