@@ -8,7 +8,6 @@ lost hint left wrong.
 
 from __future__ import annotations
 
-import collections
 import math
 from dataclasses import dataclass
 from typing import Final, assert_never
@@ -17,14 +16,11 @@ import msgspec
 
 from services.scheduler import autoscale, policy
 from services.scheduler.autoscale import Trouble
-from services.scheduler.cluster import Cluster, Need, PendingLoad, PendingStop, Room, serves
+from services.scheduler.cluster import Cluster, Need, serves
 from services.scheduler.deployments import Deployments
 from services.scheduler.events import (
     Action,
     Answer,
-    CommandLoad,
-    CommandStop,
-    Decided,
     DeleteAsked,
     DemandHinted,
     DeployAsked,
@@ -58,42 +54,14 @@ from services.scheduler.events import (
     StopAccepted,
     StopRefused,
 )
+from services.scheduler.placing import Placing
 from services.scheduler.policy import Decision, Outcome
-from shared.capacity import context_tokens
-from shared.contracts.placement import LoadReplica, StopReplica
-from shared.contracts.records import DeploymentRecord, DeploymentState, Phase, ReplicaRecord, ReplicaState
+from services.scheduler.rules import Rules
+from shared.contracts.records import DeploymentState, Phase, ReplicaRecord, ReplicaState
 from shared.errors import Code, Failure
 
 # Records whose changes the picture follows; the others are nobody's business here.
 FOLLOWED: Final = frozenset({"server", "worker", "replica"})
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """The numbers of the scheduler; seconds and bytes.
-
-    `queues_interval_s`: between two makings sure of all queues. `quick_look_s`: how soon the queues are read again
-    after a hint that might ask for more replicas. `command_s`: a command without visible effect is forgotten after it.
-    `min_ready_s`: a replica younger than this that has answered nobody yet is not evicted. `stop_retry_s`: after a
-    refused stop. `first_backoff_s`, `most_backoff_s`, `most_failures`: see `Trouble`. `patience_s`: how long a model
-    for which no server is large enough may wait for one before its requests fail. `word_s`: how long the word of a
-    worker is waited for when a replica went away while loading. `forget_s`: how long old failures are remembered.
-    """
-
-    look_interval_s: float = 1.0
-    queues_interval_s: float = 30.0
-    quick_look_s: float = 0.1
-    command_s: float = 10.0
-    min_ready_s: float = 1.0
-    stop_retry_s: float = 1.0
-    first_backoff_s: float = 1.0
-    most_backoff_s: float = 60.0
-    most_failures: int = 3
-    patience_s: float = 10.0
-    word_s: float = 0.5
-    forget_s: float = 600.0
-    kv_bytes_max: int = 256 * 2**20
-    decisions_kept: int = 256
 
 
 @dataclass(slots=True)
@@ -110,17 +78,6 @@ class Suspect:
     loading: bool
 
 
-@dataclass
-class Counts:
-    """Totals since the start, for metrics."""
-
-    decisions: int = 0
-    deferrals: int = 0
-    evictions: int = 0
-    failures: int = 0
-    stops: int = 0
-
-
 class Core:
     """The scheduler's state machine. `instance` makes its replica ids distinct from those of earlier schedulers."""
 
@@ -128,10 +85,9 @@ class Core:
         self.rules = rules
         self.cluster = Cluster(kv_bytes_max=rules.kv_bytes_max)
         self.deployments = Deployments(self.cluster)
-        self.counts = Counts()
-        self.decisions: collections.deque[Decision] = collections.deque(maxlen=rules.decisions_kept)
-        self._instance = instance
-        self._replica_numbers = 0
+        self.placing = Placing(rules, self.cluster, instance=instance)
+        self.counts = self.placing.counts
+        self.decisions = self.placing.decisions
         self._oriented = False
         self._registry_due = -math.inf
         self._registry_asked = False
@@ -146,7 +102,6 @@ class Core:
         self._suspects: dict[str, Suspect] = {}
         self._blamed: dict[str, float] = {}
         self._deferred: dict[str, str] = {}
-        self._not_before: dict[str, float] = {}
         self._unreachable: dict[str, str] = {}
         self._wake = -math.inf
 
@@ -344,7 +299,7 @@ class Core:
         suspect = self._suspects.pop(event.replica_id, None)
         record = cluster.deployments.get(event.deployment)
         revision = load.revision if load else replica.revision if replica else None
-        asked = self._not_before.pop(event.replica_id, None) == math.inf
+        asked = self.placing.gone(event.replica_id)
         if asked or record is None or revision not in (None, record.revision):
             return  # nobody wanted it any more
         worker = cluster.workers.get(event.worker_id)
@@ -357,7 +312,7 @@ class Core:
         if event.failure.code is Code.NOT_FOUND:
             self._gone("replica", id, now, out)
             return
-        self._not_before[id] = now + self.rules.stop_retry_s
+        self.placing.refused(id, now + self.rules.stop_retry_s)
         if event.failure.code is Code.BUSY:
             self.cluster.busy(id, now)
         for name, room in sorted(self.cluster.rooms.items()):
@@ -367,7 +322,7 @@ class Core:
     def _vanished(self, replica: ReplicaRecord, now: float, out: list[Action]) -> None:
         """A replica is gone. One that went while it was loading, unasked, has failed, even if nobody said so."""
         id = replica.replica_id
-        asked = self._not_before.pop(id, None) == math.inf
+        asked = self.placing.gone(id)
         suspect = self._suspects.get(id)
         if suspect is not None:
             suspect.due = now + self.rules.word_s
@@ -478,6 +433,7 @@ class Core:
     # -- what is wanted against what is there -------------------------------------------------------------------------
 
     def _reconcile(self, now: float, out: list[Action]) -> None:
+        self.placing.wake = math.inf
         self._expire(now, out)
         self._stop_strays(now, out)
         self._stop_superfluous(now, out)
@@ -485,6 +441,7 @@ class Core:
         self._serve(now, out)
         # Last: what was decided above may have changed records that are to be written.
         self._wake = min(self._wake, self.deployments.settle(now, out))
+        self._wake = min(self._wake, self.placing.wake)
         for load in self.cluster.loads.values():
             self._wake = min(self._wake, load.expires_at)
         for stop in self.cluster.stops.values():
@@ -495,20 +452,20 @@ class Core:
     def _expire(self, now: float, out: list[Action]) -> None:
         loads, stops, _ = self.cluster.expire(now)
         for stop in stops:
-            self._not_before[stop.replica_id] = now
+            self.placing.refused(stop.replica_id, now)
         for load in loads:
             failure = Failure(code=Code.WORKER_LOST, message="The worker never showed the replica.")
             self._blame(load.replica_id, load.deployment, load.server_id, failure, now, out)
         self._watch_suspects(now, out)
         self._blamed = {id: until for id, until in self._blamed.items() if until > now}
-        self._not_before = {id: at for id, at in self._not_before.items() if id in self.cluster.replicas and (at > now)}
+        self.placing.expire(now)
         for name in [name for name in self._deferred if name not in self.cluster.deployments]:
             del self._deferred[name]
 
     def _watch_suspects(self, now: float, out: list[Action]) -> None:
         for id, replica in sorted(self.cluster.replicas.items()):
             leaving = replica.state is ReplicaState.DRAINING and id not in self._suspects
-            if leaving and self._not_before.get(id) != math.inf:
+            if leaving and not self.placing.asked(id):
                 self._suspect(replica, now, loading=id not in self.cluster.ready_at)
         for id, suspect in sorted(self._suspects.items()):
             if suspect.due > now:
@@ -526,44 +483,19 @@ class Core:
                 continue
             record = self.cluster.deployments.get(replica.deployment)
             if record is None or record.state is DeploymentState.DELETING:
-                self._stop(replica, "deleted", now, out, abort=True)
+                self.placing.stop(replica, "deleted", now, out, abort=True)
             elif replica.revision != record.revision:
-                self._stop(replica, "revision", now, out, drain=True)
+                self.placing.stop(replica, "revision", now, out, drain=True)
 
     def _stop_superfluous(self, now: float, out: list[Action]) -> None:
         for name, record in sorted(self.cluster.deployments.items()):
             if not serves(record):
                 continue
             for replica in autoscale.superfluous(self.cluster, name, now):
-                self._stop(replica, "keep_alive", now, out)
+                self.placing.stop(replica, "keep_alive", now, out)
             at = autoscale.next_superfluous_at(self.cluster, name, now)
             if at is not None and at > now:
                 self._wake = min(self._wake, at)
-
-    def _stop(
-        self,
-        replica: ReplicaRecord,
-        reason: str,
-        now: float,
-        out: list[Action],
-        *,
-        drain: bool = False,
-        abort: bool = False,
-    ) -> bool:
-        """Command a stop unless one was refused a moment ago; whether it was commanded."""
-        id = replica.replica_id
-        again_at = self._not_before.get(id, -math.inf)
-        if now < again_at < math.inf:
-            self._wake = min(self._wake, again_at)
-            return False
-        self._not_before[id] = math.inf  # asked to go: its end is no failure
-        self.counts.stops += 1
-        self.cluster.stops[id] = PendingStop(
-            id, replica.deployment, replica.worker_id, reason, drain, abort, now + self.rules.command_s
-        )
-        out.append(CommandStop(replica.worker_id, StopReplica(replica_id=id, reason=reason, drain=drain, abort=abort)))
-        out.append(Note("replica.stopped", {"replica_id": id, "deployment": replica.deployment, "reason": reason}))
-        return True
 
     def _want(self, now: float, out: list[Action]) -> None:
         """Since when each deployment has been wanting replicas; those in trouble wait their time out."""
@@ -621,119 +553,26 @@ class Core:
 
     def _place(self, name: str, now: float, out: list[Action]) -> bool:
         """Decide about one replica; whether it was placed."""
-        cluster, rules = self.cluster, self.rules
-        record = cluster.deployments[name]
-        need = cluster.need(record)
+        record = self.cluster.deployments[name]
         trouble = self._troubles.get(name)
-        room = cluster.rooms.get(name)
-        # While room is being made nobody else is asked to leave; but what has become free meanwhile is taken.
-        idle = [] if room is not None else autoscale.victims(cluster, name, now, min_ready_s=rules.min_ready_s)
-        if cluster.outstanding(name) == 0:
-            # A reserve never takes the place of another reserve, or the two would do so for ever.
-            idle = [one for one in idle if not one.below_min]
-        idle = [one for one in idle if self._not_before.get(one.replica_id, -math.inf) <= now]
-        decision = policy.decide(need, cluster, idle, now, avoid=trouble.avoid if trouble is not None else {})
+        decision = self.placing.place(
+            record, self._wanting_since.get(name, now), now, out, avoid=trouble.avoid if trouble is not None else {}
+        )
         match decision.outcome:
             case Outcome.PLACE:
-                self._load(record, need, decision, now, out)
+                self._deferred.pop(name, None)
                 return True
             case Outcome.EVICT:
-                self._evict(need, decision, now, out)
+                pass
             case Outcome.IMPOSSIBLE:
-                self._despair(name, need, now, out)
+                self._despair(name, self.cluster.need(record), now, out)
                 self._defer(decision, now, out)
             case Outcome.WAIT:
-                if room is None:
+                if name not in self.cluster.rooms:
                     self._defer(decision, now, out)
             case _:
                 assert_never(decision.outcome)
         return False
-
-    def _load(self, record: DeploymentRecord, need: Need, decision: Decision, now: float, out: list[Action]) -> None:
-        chosen = decision.chosen
-        assert chosen is not None
-        worker = self.cluster.workers[chosen.worker_id]
-        name, spec, facts = record.spec.name, record.spec, record.checkpoint
-        self._replica_numbers += 1
-        replica_id = f"{record.slug}-{self._instance}{self._replica_numbers}"
-        since = self._wanting_since.get(name, now)
-        self.cluster.loads[replica_id] = PendingLoad(
-            replica_id=replica_id,
-            deployment=name,
-            revision=record.revision,
-            worker_id=worker.worker_id,
-            server_id=worker.server_id,
-            key=need.key,
-            memory_bytes=self.cluster.memory_bytes(need, worker),
-            weight_bytes=need.weight_bytes,
-            expires_at=now + self.rules.command_s,
-        )
-        self.cluster.rooms.pop(name, None)
-        self._deferred.pop(name, None)
-        self.counts.decisions += 1
-        self.decisions.append(decision)
-        message = LoadReplica(
-            replica_id=replica_id,
-            deployment=name,
-            slug=record.slug,
-            revision=record.revision,
-            checkpoint_id=facts.checkpoint_id if facts is not None else "",
-            source=spec.source,
-            slots=spec.target_concurrency,
-            max_context_tokens=(
-                context_tokens(facts.max_context_tokens, spec.max_context_tokens)
-                if facts is not None
-                else spec.max_context_tokens or 0
-            ),
-            kv_bytes=need.kv_bytes,
-            checkpoint=facts,
-        )
-        out.append(CommandLoad(worker.worker_id, message, since))
-        out.append(
-            Decided(
-                {
-                    "deployment": name,
-                    "replica_id": replica_id,
-                    "worker_id": worker.worker_id,
-                    "server_id": worker.server_id,
-                    "tier": chosen.tier,
-                    "outstanding": self.cluster.outstanding(name),
-                    "candidates": len(decision.candidates),
-                    "reasons": decision.reasons(),
-                },
-                since,
-            )
-        )
-
-    def _evict(self, need: Need, decision: Decision, now: float, out: list[Action]) -> None:
-        chosen = decision.chosen
-        assert chosen is not None
-        worker = self.cluster.workers[chosen.worker_id]
-        self.decisions.append(decision)
-        asked = [self._stop(self.cluster.replicas[one.replica_id], "evicted", now, out) for one in decision.victims]
-        self.counts.evictions += sum(asked)
-        self.cluster.rooms[need.deployment] = Room(
-            deployment=need.deployment,
-            worker_id=worker.worker_id,
-            server_id=worker.server_id,
-            key=need.key,
-            memory_bytes=self.cluster.memory_bytes(need, worker),
-            weight_bytes=need.weight_bytes,
-            victims=tuple(one.replica_id for one in decision.victims),
-            expires_at=now + self.rules.command_s,
-        )
-        out.append(
-            Note(
-                "placement.evicted",
-                {
-                    "deployment": need.deployment,
-                    "worker_id": worker.worker_id,
-                    "server_id": worker.server_id,
-                    "victims": ", ".join(f"{one.deployment} ({one.idle_s:.1f} s idle)" for one in decision.victims),
-                    "reasons": decision.reasons(),
-                },
-            )
-        )
 
     def _defer(self, decision: Decision, now: float, out: list[Action]) -> None:
         """Nothing can be done now: say so once, and come back when a young replica may be evicted."""

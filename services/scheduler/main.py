@@ -6,7 +6,8 @@ import asyncio
 import os
 import secrets
 
-from services.scheduler.core import Core, Rules
+from services.scheduler.core import Core
+from services.scheduler.rules import Rules
 from services.scheduler.service import Service
 from shared.contracts.records import Phase, SchedulerRecord
 from shared.errors import HearthError

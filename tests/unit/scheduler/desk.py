@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from services.scheduler.core import Core, Rules
+from services.scheduler.core import Core
 from services.scheduler.events import (
     Action,
     Answer,
@@ -32,6 +32,7 @@ from services.scheduler.events import (
     RemoveDeployment,
     WriteDeployment,
 )
+from services.scheduler.rules import Rules
 from shared.contracts.placement import LoadReplica
 from shared.contracts.records import (
     ClusterView,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.scheduler.core import Core, Rules
+from services.scheduler.core import Core
 from services.scheduler.events import (
     CommandLoad,
     CommandStop,
@@ -20,6 +20,7 @@ from services.scheduler.events import (
     ReplicaBroke,
     StopRefused,
 )
+from services.scheduler.rules import Rules
 from shared.contracts.records import Phase, ReplicaState
 from shared.errors import Code, Failure
 from tests.unit.scheduler import picture

@@ -7,7 +7,6 @@ import random
 import msgspec
 import pytest
 
-from services.scheduler.core import Rules
 from services.scheduler.events import (
     CommandLoad,
     CommandStop,
@@ -18,6 +17,7 @@ from services.scheduler.events import (
     StopAccepted,
     StopRefused,
 )
+from services.scheduler.rules import Rules
 from shared.contracts.records import DeploymentState, ReplicaRecord, ReplicaState
 from shared.errors import Code, Failure
 from tests.unit.scheduler import picture

@@ -1,0 +1,33 @@
+"""The numbers of the scheduler. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The numbers of the scheduler; seconds and bytes.
+
+    `queues_interval_s`: between two makings sure of all queues. `quick_look_s`: how soon the queues are read again
+    after a hint that might ask for more replicas. `command_s`: a command without visible effect is forgotten after it.
+    `min_ready_s`: a replica younger than this that has answered nobody yet is not evicted. `stop_retry_s`: after a
+    refused stop. `first_backoff_s`, `most_backoff_s`, `most_failures`: see `Trouble`. `patience_s`: how long a model
+    for which no server is large enough may wait for one before its requests fail. `word_s`: how long the word of a
+    worker is waited for when a replica went away while loading. `forget_s`: how long old failures are remembered.
+    """
+
+    look_interval_s: float = 1.0
+    queues_interval_s: float = 30.0
+    quick_look_s: float = 0.1
+    command_s: float = 10.0
+    min_ready_s: float = 1.0
+    stop_retry_s: float = 1.0
+    first_backoff_s: float = 1.0
+    most_backoff_s: float = 60.0
+    most_failures: int = 3
+    patience_s: float = 10.0
+    word_s: float = 0.5
+    forget_s: float = 600.0
+    kv_bytes_max: int = 256 * 2**20
+    decisions_kept: int = 256
