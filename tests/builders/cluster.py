@@ -16,16 +16,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tests.builders.network import Link, Network
 from tests.builders.servers import free_port
+from tests.builders.warden import Warden
 
 ROOT = Path(__file__).parent.parent.parent
 MIB = 2**20
 
 
 class Cluster:
-    """Scheduler, gateway, `servers` stores and `workers` workers each, as child processes. Use as a context manager.
+    """Scheduler, `gateways`, `servers` stores and `workers` workers each, as child processes. Use as a context manager.
 
-    `env` adds settings for all services; `home` gets the stores' directories and one log file per service.
+    `env` adds settings for all services; `home` gets the stores' directories and one log file per service. With a
+    `network` every service has a link of its own in `links`. A `warden` ends them should the test itself be killed.
+    `urls` are the gateways'; calls go to the first one, `url`, unless they say otherwise.
     """
 
     def __init__(
@@ -36,13 +40,20 @@ class Cluster:
         redis_url: str,
         servers: int = 1,
         workers: int = 1,
+        gateways: int = 1,
         dram_bytes: int = 256 * MIB,
         env: dict[str, str] | None = None,
+        network: Network | None = None,
+        warden: Warden | None = None,
     ) -> None:
         self.home = home
         self.nats_url = nats_url
+        self.redis_url = redis_url
+        self.links: dict[str, Link] = {}
+        self.urls: dict[str, str] = {}
+        self._network = network
+        self._warden = warden
         self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
         self.prefix = f"e{secrets.token_hex(4)}"
         self._env = (
             {key: value for key, value in os.environ.items() if not key.startswith("HEARTH_")}
@@ -71,19 +82,36 @@ class Cluster:
             for worker in range(1, workers + 1):
                 id = f"worker-{server}-{worker}"
                 self.services[id] = ("worker", {"HEARTH_SERVER_ID": f"server-{server}", "HEARTH_WORKER_ID": id})
-        self.services["gateway"] = (
-            "gateway",
-            {"HEARTH_GATEWAY_ID": "gateway", "HEARTH_HTTP_PORT": str(self.port)},
-        )
+        for number in range(1, gateways + 1):
+            id = "gateway" if number == 1 else f"gateway-{number}"
+            port = self.port if number == 1 else free_port()
+            host = "127.0.0.1"
+            if network is not None:
+                self.links[id] = network.link(front=True)
+                host = self.links[id].host
+            env_of = {"HEARTH_GATEWAY_ID": id, "HEARTH_HTTP_PORT": str(port), "HEARTH_HTTP_HOST": host}
+            self.services[id] = ("gateway", env_of)
+            self.urls[id] = f"http://{host}:{port}"
+        self.url = self.urls["gateway"]
+        if network is not None:
+            for name in self.services.keys() - self.links.keys():
+                self.links[name] = network.link()
+        if warden is not None:
+            warden.remove("find", "/dev/shm", "-maxdepth", "1", "-name", f"hearth-{self.prefix}-*", "-delete")
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str) -> None:
         """Start (again) one service."""
         service, env = self.services[name]
+        command = [sys.executable, "-m", "services", service]
+        link = self.links.get(name)
+        if link is not None:
+            env = link.env(self.nats_url, self.redis_url) | env
+            command = [*link.command, *command]
         with (self.home / f"{name}.log").open("ab") as out:
-            self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", "services", service], env=self._env | env, stdout=out, stderr=subprocess.STDOUT
-            )
+            self.processes[name] = subprocess.Popen(command, env=self._env | env, stdout=out, stderr=subprocess.STDOUT)
+        if self._warden is not None:
+            self._warden.guard(self.processes[name])
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
         """Send a signal to one service."""
@@ -104,8 +132,7 @@ class Cluster:
         try:
             for name in self.services:
                 self.start(name)
-            wanted = sum(service == "worker" for service, _ in self.services.values())
-            self.until(lambda: self._ready(wanted), "the cluster is ready", 120)
+            self.until(self.ready, "the cluster is ready", 120)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -114,10 +141,10 @@ class Cluster:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        order = sorted(
-            self.processes, key=lambda name: ["gateway", "worker", "store", "scheduler"].index(self.services[name][0])
-        )
-        for name in order:
+        kinds = ["gateway", "worker", "store", "scheduler", "redis", "nats"]
+        for link in self.links.values():
+            link.heal()
+        for name in sorted(self.processes, key=lambda name: kinds.index(self.services[name][0])):
             process = self.processes[name]
             if process.poll() is None:
                 process.send_signal(signal.SIGCONT)
@@ -130,17 +157,25 @@ class Cluster:
         for left in Path("/dev/shm").glob(f"hearth-{self.prefix}-*"):  # pools outlive their stores, for the next ones
             left.unlink(missing_ok=True)
 
-    def _ready(self, workers: int) -> bool:
+    def ready(self) -> bool:
+        """Every service runs and is ready. Raises RuntimeError with the log of one that has ended."""
         for name, process in self.processes.items():
             if process.poll() is not None:
                 raise RuntimeError(f"{name} ended with {process.returncode}:\n{self.log(name)[-3000:]}")
         status, view = self.get("/v1/admin/cluster")
         if status != 200:
             return False
+        wanted = [service for service, _ in self.services.values()]
         ready = [worker for worker in view.get("workers", []) if worker["phase"] == "ready"]
         stores = [server for server in view.get("servers", []) if server["phase"] == "ready"]
         schedulers = [one for one in view.get("schedulers", []) if one["phase"] == "ready"]
-        return len(ready) == workers and len(stores) > 0 and len(schedulers) == 1
+        gateways = [one for one in view.get("gateways", []) if one["phase"] == "ready"]
+        return (
+            len(ready) == wanted.count("worker")
+            and len(stores) == wanted.count("store")
+            and len(schedulers) == 1
+            and len(gateways) == wanted.count("gateway")
+        )
 
     def until(self, condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
         """Wait until `condition()`; raises AssertionError saying `what` did not happen."""
@@ -150,10 +185,13 @@ class Cluster:
                 raise AssertionError(f"after {timeout_s:.0f} s it is still not so that {what}")
             time.sleep(0.05)
 
-    def call(self, method: str, path: str, body: Any = None, timeout_s: float = 60.0) -> tuple[int, Any]:
+    def call(
+        self, method: str, path: str, body: Any = None, timeout_s: float = 60.0, gateway: str = "gateway"
+    ) -> tuple[int, Any]:
         """One HTTP call with JSON in and out: status and body. Status 0: nobody answers."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}, method=method)
+        url = self.urls[gateway] + path
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
         try:
             with urllib.request.urlopen(request, timeout=timeout_s) as answer:
                 return answer.status, json.loads(answer.read() or b"null")

@@ -24,7 +24,7 @@ def binary(name: str) -> str:
     return found
 
 
-def start(command: list[str], port: int, home: Path) -> subprocess.Popen[bytes]:
+def start(command: list[str], port: int, home: Path, host: str = "127.0.0.1") -> subprocess.Popen[bytes]:
     """A server that listens on `port`; its output is in `home`. Raises RuntimeError with that output otherwise."""
     output = home / f"{Path(command[0]).name}.log"
     with output.open("ab") as out:
@@ -33,22 +33,24 @@ def start(command: list[str], port: int, home: Path) -> subprocess.Popen[bytes]:
         if process.poll() is not None:
             break
         with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
+            if probe.connect_ex((host, port)) == 0:
                 return process
         time.sleep(0.025)
     raise RuntimeError(f"{command[0]} does not start: {output.read_text()}")
 
 
-def start_nats(home: Path, port: int | None = None) -> tuple[subprocess.Popen[bytes], str]:
+def start_nats(home: Path, port: int | None = None, host: str = "127.0.0.1") -> tuple[subprocess.Popen[bytes], str]:
     """nats-server with JetStream; the process and its URL."""
     port = port or free_port()
-    command = [binary("nats-server"), "-a", "127.0.0.1", "-p", str(port), "-js", "-sd", str(home)]
-    return start(command, port, home), f"nats://127.0.0.1:{port}"
+    command = [binary("nats-server"), "-a", host, "-p", str(port), "-js", "-sd", str(home)]
+    return start(command, port, home, host), f"nats://{host}:{port}"
 
 
-def start_redis(home: Path, port: int | None = None) -> tuple[subprocess.Popen[bytes], str]:
+def start_redis(home: Path, port: int | None = None, host: str = "127.0.0.1") -> tuple[subprocess.Popen[bytes], str]:
     """redis-server with an append-only file; the process and its URL."""
     port = port or free_port()
-    command = [binary("redis-server"), "--bind", "127.0.0.1", "--port", str(port), "--dir", str(home)]
+    command = [binary("redis-server"), "--bind", host, "--port", str(port), "--dir", str(home)]
     command += ["--save", "", "--appendonly", "yes"]
-    return start(command, port, home), f"redis://127.0.0.1:{port}/0"
+    if host != "127.0.0.1":
+        command += ["--protected-mode", "no"]  # a bridge of the test's own
+    return start(command, port, home, host), f"redis://{host}:{port}/0"
