@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 from aiohttp import ClientConnectionResetError, web
 
-from services.gateway.openai import bad
+from services.gateway.openai import bad, decode_json
 from services.gateway.rendering import error_body, error_headers
 from shared.errors import Code, Failure, HearthError
 
 BODY_TIMEOUT_S: Final = 60.0
 WRITE_TIMEOUT_S: Final = 60.0
 LINES: Final = "application/x-ndjson"
+
+Body = TypeVar("Body")
 
 
 def refuse(failure: Failure, status: int | None = None) -> web.Response:
@@ -62,6 +64,13 @@ async def read_json_body(request: web.Request) -> bytes:
     if not body:
         raise HearthError(Code.INVALID_REQUEST, "The body is empty; a JSON object is needed.")
     return body
+
+
+async def read_optional_body(request: web.Request, kind: type[Body], default: Body) -> Body:
+    """The JSON body as `kind`, or `default` when there is none. Raises `HearthError`."""
+    if not request.can_read_body:
+        return default
+    return decode_json(await read_json_body(request), kind)
 
 
 async def answer_steps(request: web.Request, steps: AsyncGenerator[bytes, None]) -> web.StreamResponse:

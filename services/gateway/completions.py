@@ -17,7 +17,7 @@ from services.gateway.answers import json_answer, read_json_body, refuse
 from services.gateway.buffer import CallBuffer, Piece
 from services.gateway.core import Conclude, Deliver, Fail, Inform
 from services.gateway.limits import Limits, OpenRequests
-from services.gateway.openai import admit, read_chat, read_completion
+from services.gateway.openai import INFO_HEADERS, admit, read_chat, read_completion, read_switch
 from services.gateway.rendering import REQUEST_ID_HEADER, ModelList, Rendering, error_body, ledger_headers, model_card
 from services.gateway.service import Gateway
 from shared.errors import Code, Failure, HearthError
@@ -77,7 +77,8 @@ class Completions:
             raise HearthError(Code.DRAINING, "The gateway is shutting down; try again.")
         body = await read_json_body(request)
         call = read_chat(body, self._limits) if chat else read_completion(body, self._limits)
-        if request.headers.get("x-hearth-ledger", "").strip().lower() in ("1", "true", "yes"):
+        asked = [read_switch(name, request.headers.get(name, "")) for name in INFO_HEADERS]
+        if any(asked):
             call = dataclasses.replace(call, ledger=True)
         record = await gateway.deployment(call.model)
         refused = admit(call, record)

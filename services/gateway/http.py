@@ -10,7 +10,7 @@ from typing import Final
 from aiohttp import web
 from prometheus_client import Counter
 
-from services.gateway import admin, completions, stores
+from services.gateway import admin, completions, moves, stores
 from services.gateway.answers import refuse
 from services.gateway.rendering import REQUEST_ID_HEADER, error_body
 from services.gateway.service import Gateway
@@ -33,6 +33,8 @@ code{white-space:pre}</style>
 <li><code>POST /v1/completions</code> – plain text, streaming or not</li>
 <li><code>GET  /v1/admin/deployments</code>, <code>POST</code>, <code>DELETE /v1/admin/deployments/NAME</code></li>
 <li><code>GET  /v1/admin/servers</code>, <code>/v1/admin/servers/ID/checkpoints</code> – what is in which tier</li>
+<li><code>GET  /v1/admin/requests</code>, <code>POST …/ID/migrate</code>, <code>/v1/admin/workers/ID/drain</code> –
+what runs where, and moving it away</li>
 <li><code>GET  /v1/admin/cluster</code> – servers, workers, replicas, queues</li>
 <li><code>GET  /healthz</code>, <code>/readyz</code>, <code>/metrics</code></li></ul></html>
 """
@@ -50,6 +52,7 @@ def make_app(gateway: Gateway) -> web.Application:
     completions.add_routes(app, gateway)
     admin.add_routes(app, gateway)
     stores.add_routes(app, gateway)
+    moves.add_routes(app, gateway)
     return app
 
 

@@ -415,6 +415,19 @@ def _tokens_prompt(tokens: Sequence[str | int | list[int]], at: str, limits: Lim
     return TokensPrompt(token_ids=tuple(ids))
 
 
+INFO_HEADERS: Final = ("x-hearth-info", "x-hearth-ledger")
+
+
+def read_switch(name: str, text: str) -> bool:
+    """The meaning of a header that turns something on. Raises `HearthError`: a typo must not silently mean "off"."""
+    word = text.strip().lower()
+    if word in ("1", "true", "yes", "on"):
+        return True
+    if word in ("", "0", "false", "no", "off"):
+        return False
+    raise bad(f"The header {name} must be true or false, not {_short(text)}.", name)
+
+
 # -- from a call to requests ------------------------------------------------------------------------------------------
 
 

@@ -383,12 +383,19 @@ class Rendering:
         return Ledger() if end is None else end.ledger
 
     def _hearth(self) -> dict[str, Any]:
-        """Hearth's own part: the ledger of the first choice, every field of it, and of all when there are several."""
-        ledgers = [
-            msgspec.structs.asdict(Ledger() if choice.end is None else choice.end.ledger) for choice in self._choices
-        ]
-        several = {"ledgers": ledgers} if len(ledgers) > 1 else {}
-        return {"request_id": self._request_id, **ledgers[0], **several}
+        """Hearth's own part: the ledger of the first choice, every field of it, and of all when there are several.
+
+        A choice's request is what runs somewhere and can be migrated; it is named after the call unless it is alone.
+        """
+        ledgers: list[dict[str, Any]] = []
+        for choice in self._choices:
+            ledger = Ledger() if choice.end is None else choice.end.ledger
+            request_id = self._request_id if choice.end is None else choice.end.request_id
+            ledgers.append({"request_id": request_id, **msgspec.structs.asdict(ledger)})
+        if len(ledgers) == 1:
+            return ledgers[0]
+        several = [{"index": index, **ledger} for index, ledger in enumerate(ledgers)]
+        return {**ledgers[0], "request_id": self._request_id, "ledgers": several}
 
 
 def ledger_headers(request_id: str, ledger: Ledger) -> dict[str, str]:
@@ -401,9 +408,16 @@ def ledger_headers(request_id: str, ledger: Ledger) -> dict[str, str]:
         "attach": ledger.attach_s,
         "prefill": ledger.prefill_s,
         "decode": ledger.decode_s,
+        "pause": ledger.pause_s,
     }
     headers = {f"x-hearth-{name}-ms": f"{1000 * seconds:.1f}" for name, seconds in times.items()}
     headers[REQUEST_ID_HEADER] = request_id
     headers["x-hearth-cold"] = "true" if ledger.cold else "false"
     headers["x-hearth-tier"] = ledger.tier
+    for name, count in (
+        ("migrations", ledger.migrations),
+        ("rounds", ledger.rounds),
+        ("recoveries", ledger.recoveries),
+    ):
+        headers[f"x-hearth-{name}"] = str(count)
     return headers

@@ -14,7 +14,7 @@ import msgspec
 from aiohttp import web
 
 from services.gateway.admin import WRITABLE, ProgressLine, check_source, check_url
-from services.gateway.answers import answer_steps, encode, json_answer, read_json_body
+from services.gateway.answers import answer_steps, encode, json_answer, read_json_body, read_optional_body
 from services.gateway.openai import bad, decode_json
 from services.gateway.service import Gateway
 from shared.codec import CodecError
@@ -46,7 +46,6 @@ TIERS: Final = ("dram", "ssd")
 _ID_CHARS: Final = 64
 
 Q = TypeVar("Q")
-Body = TypeVar("Body")
 Happened = dict[str, dict[str, str | int]]  # what happened → to what
 
 
@@ -195,7 +194,7 @@ class Stores:
 
     async def prefetch(self, request: web.Request) -> web.StreamResponse:
         """Bring a checkpoint into a tier ahead of demand."""
-        body: PrefetchBody = await _body(request, PrefetchBody, PrefetchBody())
+        body: PrefetchBody = await read_optional_body(request, PrefetchBody, PrefetchBody())
         tier = check_tier(body.tier, *TIERS)
         source = None if body.source is None else _source(body.source)
         server_id, checkpoint_id = await self._named(request)
@@ -220,7 +219,7 @@ class Stores:
 
     async def pin(self, request: web.Request) -> web.Response:
         """Never evict a checkpoint from a tier, or allow it again."""
-        body: PinBody = await _body(request, PinBody, PinBody())
+        body: PinBody = await read_optional_body(request, PinBody, PinBody())
         tier = check_tier(body.tier, *TIERS, "")
         server_id, checkpoint_id = await self._named(request)
         await self._call(PIN, Pin(checkpoint_id=checkpoint_id, tier=tier), server_id)
@@ -288,10 +287,3 @@ class Stores:
             if error.failure.code is Code.UNAVAILABLE and error.__cause__ is not None:  # the bus's own words
                 raise HearthError(Code.UNAVAILABLE, f"The store of {server_id} does not answer.") from error
             raise
-
-
-async def _body(request: web.Request, kind: type[Body], default: Body) -> Body:
-    """The body as `kind`, or `default` when there is none."""
-    if not request.can_read_body:
-        return default
-    return decode_json(await read_json_body(request), kind)
