@@ -156,6 +156,13 @@ class Context(Generic[S]):
         metrics.READY.set(1)
         self.log.info("service.ready")
 
+    def set_draining(self, on: bool) -> None:
+        """An operator wants the service to take nothing new, or to take work again; its records will say so."""
+        if self.phase in (Phase.READY, Phase.DRAINING) and not self.stopping.is_set():
+            self.phase = Phase.DRAINING if on else Phase.READY
+            metrics.READY.set(0 if on else 1)
+            self.log.info("service.drained" if on else "service.resumed")
+
     async def drain(self) -> None:
         """The service takes nothing new: say so in its records, at once."""
         self.phase = Phase.DRAINING

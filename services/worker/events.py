@@ -363,6 +363,17 @@ Event = (
     | TokeniseFailed
     | EngineStepped
     | CancelArrived
+    | DrainSet
+    | CheckAsked
+    | HoldsAnswered
+    | ListAsked
+    | MigrateAsked
+    | RoundAsked
+    | HandOverAsked
+    | AbandonArrived
+    | RoundAnswered
+    | HandOverAnswered
+    | ReclaimAnswered
 )
 
 
@@ -513,7 +524,8 @@ class LoadFinished:
 class RequestFinished:
     """This worker has nothing more to do with a request, for log and metrics.
 
-    `outcome` is "stop", "length", a failure's code, "cancelled", "gone", "given_back" or "superseded".
+    `outcome` is "stop", "length", a failure's code, "cancelled", "gone", "gateway_lost", "given_back", "deferred",
+    "migrated" or "superseded".
     """
 
     request_id: str
@@ -707,6 +719,10 @@ Tell = (
     | StopAttach
     | LoadFinished
     | RequestFinished
+    | Abandon
+    | PublishMigrationEnded
+    | PublishRelief
+    | SetPhase
     | Drained
 )
 Do = (
@@ -720,10 +736,14 @@ Do = (
     | ClosePuller
     | ClaimRequest
     | Tokenise
+    | TellHolds
+    | SendRound
+    | SendHandOver
+    | Reclaim
     | RemoveRecord
 )
 LONG = (
     AcquireLease, RenewLeases, LookAtServer, PrepareSegment, Attach, Detach, OpenPuller, ClosePuller, ClaimRequest,
-    Tokenise, RemoveRecord,
+    Tokenise, TellHolds, SendRound, SendHandOver, Reclaim, RemoveRecord,
 )  # fmt: skip
 Action = Tell | Do

@@ -64,7 +64,8 @@ class Generation:
     """The output of one request at one epoch.
 
     `so_far` are the output tokens that the client already has; `limit_tokens` bounds all output tokens (the request's
-    max_tokens and what the prompt leaves of the context). `echo_text` precedes the text of the first token.
+    max_tokens and what the prompt leaves of the context). `echo_text` precedes the text of the first token. `output`
+    are all output tokens, those of earlier owners included.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Generation:
     ) -> None:
         sampling = request.sampling
         self.request_id: Final = request.request_id
-        self.epoch: Final = epoch
+        self.epoch = epoch  # changes only if its owner has to claim it anew
         self.prompt_tokens: Final = prompt_tokens
         self.finished: FinishReason | None = None
         self.index = 0
@@ -90,6 +91,7 @@ class Generation:
         self._scan: Final = StopScan(sampling.stop)
         eos = frozenset[int]() if sampling.ignore_eos else tokenizer.eos_token_ids
         self._ending: Final = eos | frozenset(sampling.stop_token_ids)
+        self.output: list[int] = []
         self._token_ids: list[int] = []
         self._logprobs: list[Logprobs] = []
         self._text = echo_text
@@ -100,6 +102,7 @@ class Generation:
         if so_far:  # delivered already, the echo with the first of them
             self._token_ids, self._text = [], ""
             self.index = len(so_far)  # all of them, even if an earlier owner's limit was larger than ours
+            self.output = [*so_far]
         self.resumed_tokens: Final = len(so_far)
 
     def push(self, token_id: int, logprobs: PositionLogprobs | None = None) -> None:
@@ -107,6 +110,7 @@ class Generation:
         if self.finished is not None:
             return
         self._token_ids.append(token_id)
+        self.output.append(token_id)
         self.index += 1
         if logprobs is not None:
             self._logprobs.append(self._named(token_id, logprobs))
@@ -118,6 +122,11 @@ class Generation:
             self.finished = FinishReason.STOP
         elif self.index >= self._limit_tokens:
             self.finished = FinishReason.LENGTH
+
+    @property
+    def emitted(self) -> int:
+        """Output tokens that frames have carried: all but those that came since the last one."""
+        return self.index - len(self._token_ids)
 
     def frame(self) -> Frame | None:
         """What came since the last frame; None if no token did."""
@@ -152,11 +161,11 @@ class Generation:
         )
 
     def failed(self, failure: Failure, *, ledger: Ledger) -> End:
-        """The end by a failure. Take the last `frame` before."""
+        """The end by a failure, after what frames have carried."""
         return End(
             request_id=self.request_id,
             epoch=self.epoch,
-            index=self.index,
+            index=self.emitted,
             failure=failure,
             usage=self.usage(),
             ledger=ledger,

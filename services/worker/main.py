@@ -7,8 +7,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
-from services.worker.core import Limits, WorkerCore
+from services.worker.core import WorkerCore
 from services.worker.ports import DeviceFacts, Loader
+from services.worker.run import Limits
 from services.worker.service import Leases, NoLeases, StoreLeases, WorkerShell
 from shared.lifecycle import Context, run
 from shared.settings import WorkerSettings
@@ -69,6 +70,8 @@ async def work(context: Context[WorkerSettings], loader: Loader, leases: Leases,
         max_deliveries=settings.max_deliveries,
         drain_s=settings.drain_s,
         kv_bytes_max=settings.kv_bytes_max,
+        hold_s=settings.hold_s,
+        gateway_lost_s=settings.gateway_lost_s,
         engine="" if settings.engine in ("auto", "null") else settings.engine,
     )
     core = WorkerCore(limits)

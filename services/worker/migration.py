@@ -74,6 +74,8 @@ SOURCE: Final[Mapping[tuple[SourceState, SourceInput], tuple[SourceState, tuple[
     (_S.ROUND, _SI.OVER): (_S.ENDED, (_SE.ABANDON, _SE.TELL)),
     (_S.HANDOVER, _SI.HANDED_OVER): (_S.COMMITTED, (_SE.LET_GO, _SE.TELL)),
     (_S.HANDOVER, _SI.HAND_OVER_FAILED): (_S.RECLAIM, (_SE.RECLAIM,)),
+    # The gateway refuses what the source sent before it froze, as the destination's claim was faster than its answer.
+    (_S.HANDOVER, _SI.SUPERSEDED): (_S.COMMITTED, (_SE.LET_GO, _SE.TELL)),
     (_S.HANDOVER, _SI.OVER): (_S.ENDED, (_SE.ABANDON, _SE.TELL)),
     (_S.RECLAIM, _SI.RECLAIMED): (_S.ABORTED, (_SE.THAW, _SE.ABANDON, _SE.TELL)),
     (_S.RECLAIM, _SI.SUPERSEDED): (_S.COMMITTED, (_SE.LET_GO, _SE.TELL)),

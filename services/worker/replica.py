@@ -100,6 +100,11 @@ class Replica:
         self._removed = False
 
     @property
+    def checkpoint_id(self) -> str:
+        """What it runs: as its lease says, since a lazy load does not know it before."""
+        return self.lease.checkpoint.checkpoint_id if self.lease else self.message.checkpoint_id
+
+    @property
     def slots(self) -> int:
         """How many requests it runs at once."""
         return min(self.message.slots, self.loaded.engine.slots) if self.loaded else self.message.slots
@@ -271,6 +276,21 @@ class Replica:
             return False
         self.held[token] = None
         return True
+
+    def reserve(self, name: str) -> list[Action] | None:
+        """Hold a slot for a request that is to come from another worker; None if none is free."""
+        if self.state is not ReplicaState.READY or len(self.held) >= self.slots:
+            return None
+        self.held[name] = None
+        if len(self.held) + self.wanted <= self.slots or self.puller is None:
+            return []
+        self.wanted -= 1
+        return [Want(self.puller, -1)]
+
+    def rename(self, name: str, token: str) -> None:
+        """The request for which a slot was reserved is known by its token now."""
+        del self.held[name]
+        self.held[token] = None
 
     def give_up(self, token: str, now: float) -> list[Action]:
         """A request that was taken is over."""

@@ -17,9 +17,24 @@ from services.worker.generation import encode
 from services.worker.ports import DeviceFacts, EngineEvent, Loader
 from shared.bus import Delivery, Reply, Unserved
 from shared.contracts.events import RecordChanged
+from shared.contracts.migration import (
+    AbandonRound,
+    Drain,
+    HandedOver,
+    HandOver,
+    ListRequests,
+    Migrate,
+    Migrating,
+    MigrationEnded,
+    MigrationOutcome,
+    RequestList,
+    Round,
+    RoundDone,
+    RoundPending,
+)
 from shared.contracts.placement import LoadReplica, StopReplica
 from shared.contracts.records import Phase, ReplicaRecord, ReplicaState, ServerRecord, WorkerRecord
-from shared.contracts.requests import Cancel, ChatPrompt, Request, TextPrompt, TokensPrompt
+from shared.contracts.requests import Cancel, ChatPrompt, Check, Request, Running, TextPrompt, TokensPrompt
 from shared.contracts.residency import Acquire, Checkpoint, Consumed, Done, Lease, Progress, Release, Renew, Renewed
 from shared.driver import Driver
 from shared.errors import Code, Failure, HearthError
@@ -28,17 +43,27 @@ from shared.metrics import LATENCY_BUCKETS_S
 from shared.registry import record_kind
 from shared.settings import WorkerSettings
 from shared.subjects import (
+    ABANDON,
     ACQUIRE,
     CANCEL,
+    CHECK,
     CLAIM,
     CONSUMED,
+    DRAIN,
     FRAMES,
+    HAND_OVER,
+    HOLDS,
+    LIST_REQUESTS,
     LOAD,
     LOAD_PROGRESS,
+    MIGRATE,
+    MIGRATION_ENDED,
     RECORD_CHANGED,
     RELEASE,
+    RELIEF,
     RENEW,
     REPLICA_FAILED,
+    ROUND,
     STOP,
 )
 
@@ -71,6 +96,14 @@ PREFILL_S: Final = Histogram("hearth_worker_prefill_seconds", "claim to first to
 DECODE_S: Final = Histogram("hearth_worker_decode_seconds", "first to last token", buckets=LATENCY_BUCKETS_S)
 LOAD_S: Final = Histogram("hearth_worker_load_seconds", "command to ready", ["tier"], buckets=LATENCY_BUCKETS_S)
 LOAD_BYTES: Final = Counter("hearth_worker_load_bytes_total", "weights attached", ["tier"])
+MIGRATIONS: Final = Counter("hearth_worker_migrations_total", "migrations that left this worker", ["reason", "outcome"])
+MIGRATION_S: Final = Histogram("hearth_worker_migration_seconds", "command to end", buckets=LATENCY_BUCKETS_S)
+FROZEN_S: Final = Histogram(
+    "hearth_worker_migration_frozen_seconds", "last frame to the destination's claim", buckets=LATENCY_BUCKETS_S
+)
+ROUNDS: Final = Histogram("hearth_worker_migration_rounds", "rounds of a committed migration", buckets=range(1, 10))
+MIGRATION_BYTES: Final = Counter("hearth_worker_migration_bytes_total", "bytes that migrations put on the bus")
+IN_FLIGHT: Final = Gauge("hearth_worker_migrations_in_flight", "migrations by the side of this worker", ["side"])
 LOADS_FAILED: Final = Counter("hearth_worker_loads_failed_total", "replicas that failed", ["code"])
 
 
@@ -212,10 +245,18 @@ class WorkerShell:
         context, bus, id = self._context, self._context.bus, self._context.id
         self._own_beat = context.heartbeat(self._worker_record)
         context.tasks.create_task(self.driver.run(), name="driver")
+        context.tasks.create_task(self._watch_engines(), name="engines")
         try:
             await bus.serve(LOAD, self._load_asked, worker_id=id)
             await bus.serve(STOP, self._stop_asked, worker_id=id)
             await bus.subscribe(CANCEL, self._cancel_arrived, worker_id=id)
+            await bus.serve(CHECK, self._check_asked, worker_id=id)
+            await bus.serve(LIST_REQUESTS, self._list_asked, worker_id=id)
+            await bus.serve(DRAIN, self._drain_asked, worker_id=id)
+            await bus.serve(MIGRATE, self._migrate_asked, worker_id=id)
+            await bus.serve(ROUND, self._round_asked, worker_id=id)
+            await bus.serve(HAND_OVER, self._hand_over_asked, worker_id=id)
+            await bus.subscribe(ABANDON, self._abandon_arrived, worker_id=id)
             await bus.subscribe(RECORD_CHANGED, self._server_changed, kind=record_kind(ServerRecord))
             bus.on_disconnect(lambda: self.driver.post(e.BusLost()))
             bus.on_reconnect(lambda: self.driver.post(e.BusBack()))
@@ -247,6 +288,27 @@ class WorkerShell:
 
     def _server_changed(self, message: RecordChanged) -> None:
         self.driver.post(e.ServerChanged(message.id))
+
+    def _check_asked(self, message: Check, reply: Reply[Running]) -> None:
+        self.driver.post(e.CheckAsked(message, reply))
+
+    def _list_asked(self, message: ListRequests, reply: Reply[RequestList]) -> None:
+        self.driver.post(e.ListAsked(reply))
+
+    def _drain_asked(self, message: Drain, reply: Reply[Done]) -> None:
+        self.driver.post(e.DrainSet(message.on, reply))
+
+    def _migrate_asked(self, message: Migrate, reply: Reply[Migrating]) -> None:
+        self.driver.post(e.MigrateAsked(message, reply))
+
+    def _round_asked(self, message: Round, reply: Reply[RoundPending | RoundDone]) -> None:
+        self.driver.post(e.RoundAsked(message, reply))
+
+    def _hand_over_asked(self, message: HandOver, reply: Reply[HandedOver]) -> None:
+        self.driver.post(e.HandOverAsked(message, reply))
+
+    def _abandon_arrived(self, message: AbandonRound) -> None:
+        self.driver.post(e.AbandonArrived(message))
 
     # -- actions → effects
 
@@ -295,6 +357,19 @@ class WorkerShell:
                 action.engine.allow_until(action.until)
             case e.StopAttach():
                 self._watch(action.replica_id).stopped = True
+            case e.Abandon():
+                bus.publish(ABANDON, action.message, worker_id=action.worker_id)
+            case e.PublishMigrationEnded():
+                self._migrated(action.message)
+            case e.PublishRelief():
+                bus.publish(RELIEF, action.message)
+                self._context.event(
+                    "kv_cache.exhausted", replica_id=action.message.replica_id, sequences=action.message.requests
+                )
+            case e.SetPhase():
+                self._context.set_draining(action.draining)
+                if self._own_beat is not None:
+                    self._own_beat.touch()
             case e.LoadFinished():
                 self._loaded(action)
             case e.Drained():
@@ -310,6 +385,10 @@ class WorkerShell:
                 | e.ClosePuller()
                 | e.ClaimRequest()
                 | e.Tokenise()
+                | e.TellHolds()
+                | e.SendRound()
+                | e.SendHandOver()
+                | e.Reclaim()
                 | e.RemoveRecord()
             ):
                 raise TypeError(f"{type(action).__name__} is no action to tell")
@@ -322,6 +401,14 @@ class WorkerShell:
                 return await self._claim(action)
             case e.Tokenise():
                 return await self._tokenise(action)
+            case e.SendRound():
+                return await self._send_round(action)
+            case e.SendHandOver():
+                return await self._send_hand_over(action)
+            case e.Reclaim():
+                return await self._reclaim(action)
+            case e.TellHolds():
+                return await self._tell_holds(action)
             case e.AcquireLease():
                 return await self._acquire(action)
             case e.RenewLeases():
@@ -354,6 +441,35 @@ class WorkerShell:
         except HearthError as error:
             return e.ClaimAnswered(action.token, error.failure)
         return e.ClaimAnswered(action.token, answer)
+
+    async def _send_round(self, action: e.SendRound) -> e.Event:
+        message = action.message
+        try:
+            answer = await self._context.bus.call(ROUND, message, worker_id=action.worker_id, extra_s=message.wait_s)
+        except HearthError as error:
+            return e.RoundAnswered(message.migration_id, message.number, error.failure)
+        return e.RoundAnswered(message.migration_id, message.number, answer)
+
+    async def _send_hand_over(self, action: e.SendHandOver) -> e.Event:
+        try:
+            answer = await self._context.bus.call(HAND_OVER, action.message, worker_id=action.worker_id)
+        except HearthError as error:
+            return e.HandOverAnswered(action.migration_id, error.failure)
+        return e.HandOverAnswered(action.migration_id, answer)
+
+    async def _reclaim(self, action: e.Reclaim) -> e.Event:
+        try:
+            answer = await self._context.bus.call(CLAIM, action.message, gateway_id=action.gateway_id)
+        except HearthError as error:
+            return e.ReclaimAnswered(action.migration_id, error.failure)
+        return e.ReclaimAnswered(action.migration_id, answer)
+
+    async def _tell_holds(self, action: e.TellHolds) -> e.Event:
+        try:
+            answer = await self._context.bus.call(HOLDS, action.message, gateway_id=action.gateway_id)
+        except HearthError as error:
+            return e.HoldsAnswered(action.gateway_id, error.failure, unserved=isinstance(error, Unserved))
+        return e.HoldsAnswered(action.gateway_id, answer)
 
     async def _tokenise(self, action: e.Tokenise) -> e.Event:
         try:
@@ -429,7 +545,7 @@ class WorkerShell:
         id, driver = action.replica_id, self.driver
 
         def arrived(delivery: Delivery) -> None:
-            driver.post(e.DeliveryArrived(id, delivery.request, delivery.token, delivery.delivery))
+            driver.post(e.DeliveryArrived(id, delivery.request, delivery.token, delivery.delivery, delivery.sequence))
 
         try:
             return e.PullerOpened(id, await self._context.bus.pull(action.slug, arrived))
@@ -456,6 +572,8 @@ class WorkerShell:
         core, settings = self.core, self._context.settings
         REQUESTS_RUNNING.set(len(core.runs))
         SLOTS.set(core.slots)
+        IN_FLIGHT.labels("source").set(len(core.outgoing))
+        IN_FLIGHT.labels("destination").set(len(core.incoming))
         for state in ReplicaState:
             REPLICAS.labels(state.value).set(core.count(state))
         return WorkerRecord(
@@ -468,6 +586,44 @@ class WorkerShell:
             memory_total_bytes=core.limits.memory_total_bytes,
             memory_used_bytes=core.memory_used_bytes,
             max_replicas=core.limits.max_replicas,
+            migrations=core.migrations(time.monotonic()),
+            incoming=len(core.incoming),
+        )
+
+    async def _watch_engines(self) -> None:
+        """End the process when a step of an engine hangs: its thread cannot be ended, and its requests must go on
+        elsewhere. Raises HearthError."""
+        limit_s = self._context.settings.engine_stall_s
+        while True:
+            await asyncio.sleep(min(1.0, limit_s / 4))
+            for replica in self.core.replicas.values():
+                began_at = replica.loaded.engine.step_began_at if replica.loaded else None
+                if began_at is not None and time.monotonic() - began_at > limit_s:
+                    raise HearthError(Code.INTERNAL, f"A step of replica {replica.id} has not ended for {limit_s:g} s.")
+
+    def _migrated(self, message: MigrationEnded) -> None:
+        MIGRATIONS.labels(message.reason.value, message.outcome.value).inc()
+        MIGRATION_S.observe(message.total_s)
+        MIGRATION_BYTES.inc(message.wire_bytes)
+        if message.outcome is MigrationOutcome.COMMITTED:
+            FROZEN_S.observe(message.frozen_s)
+            ROUNDS.observe(message.rounds)
+        self._context.bus.publish(MIGRATION_ENDED, message, worker_id=self._context.id)
+        self._context.event(
+            f"migration.{message.outcome.value}",
+            migration_id=message.migration_id,
+            request_id=message.request_id,
+            deployment=message.deployment,
+            source=message.source_worker_id,
+            destination=message.destination_worker_id,
+            reason=message.reason.value,
+            rounds=message.rounds,
+            tokens=message.tokens,
+            gap_tokens=message.gap_tokens,
+            wire_bytes=message.wire_bytes,
+            total_s=round(message.total_s, 6),
+            frozen_s=round(message.frozen_s, 6),
+            error=message.failure.message if message.failure else None,
         )
 
     def _finished(self, action: e.RequestFinished) -> None:

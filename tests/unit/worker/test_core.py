@@ -7,7 +7,7 @@ import pytest
 
 from services.worker import events as e
 from services.worker.ports import EndReason, EngineDied, SequenceEnd, StepToken
-from shared.contracts.generation import FinishReason, Frame
+from shared.contracts.generation import FinishReason, Frame, GivenBack
 from shared.contracts.requests import Claimed, Gone, Sampling
 from shared.contracts.residency import Done
 from shared.errors import Code, Failure
@@ -317,18 +317,16 @@ def test_a_delivery_to_a_replica_that_takes_nothing_is_given_back(world: World) 
     assert world.send(e.DeliveryArrived("r9", request(), "t9", 1)) == [e.Nak("t9")]
 
 
-def test_a_request_that_was_tried_too_often_fails_instead_of_running_again(world: World) -> None:
-    world.deliver(delivery=4)
-    actions = world.claim(epoch=4)
-    failure = end(actions).failure
-    assert failure is not None
-    assert failure.code is Code.WORKER_LOST
-    assert some(actions, e.Ack)
-
-
-def test_deliveries_that_nobody_claimed_are_no_tries(world: World) -> None:
+def test_how_often_a_request_was_tried_is_the_gateways_business(world: World) -> None:
     world.deliver(delivery=9)
-    assert some(world.claim(epoch=1), e.Tokenise)
+    assert some(world.claim(epoch=9), e.Tokenise)
+
+
+def test_a_request_that_its_gateway_will_not_have_run_now_goes_back_for_a_while(world: World) -> None:
+    world.deliver()
+    actions = world.send(e.ClaimAnswered("t1", Failure(code=Code.BUSY, message="Another one is on probation.")))
+    assert only(actions, e.Nak).delay_s > 0
+    assert outcome(world) == "deferred"
 
 
 # -- stopping
@@ -376,13 +374,20 @@ def test_a_dead_engine_gives_its_requests_back_and_its_replica_fails(world: Worl
     assert only(world.actions, e.PublishFailed).message.failure == BROKEN
 
 
-def test_a_dead_engine_ends_a_request_that_was_tried_often_enough(world: World) -> None:
-    sequence_id = world.running(delivery=3, epoch=3)
+def test_the_gateway_hears_who_may_be_to_blame(world: World) -> None:
+    sequence_id = world.running(request("q1"))
     actions = world.step(SequenceEnd(sequence_id, EndReason.FAILED, BROKEN), EngineDied(BROKEN))
-    failure = end(actions).failure
-    assert failure is not None
-    assert failure.code is Code.WORKER_LOST
-    assert some(actions, e.Ack)
+    told = [one for action in some(actions, e.PublishFrames) for one in action.batch.given_back]
+    assert told == [GivenBack(request_id="q1", epoch=1, fault=True)]
+
+
+def test_the_gateway_hears_of_a_request_that_is_given_back_without_fault(world: World) -> None:
+    world.running(request("q1"))
+    world.ask_stop(abort=True)
+    told = [one for action in some(world.actions, e.PublishFrames) for one in action.batch.given_back]
+    assert told == [GivenBack(request_id="q1", epoch=1, fault=False)]
+    kinds = [type(action) for action in world.actions]
+    assert kinds.index(e.PublishFrames) < kinds.index(e.Nak), "the queue must not be faster than the word"
 
 
 def test_tokens_of_the_last_step_before_the_death_are_delivered(world: World) -> None:
@@ -419,11 +424,6 @@ def test_a_request_that_came_later_is_warm(world: World) -> None:
     ledger = end(world.step(StepToken(sequence_id, EOS))).ledger
     assert not ledger.cold
     assert (ledger.tier, ledger.read_s, ledger.recoveries) == ("accelerator", 0.0, 0)
-
-
-def test_the_ledger_counts_recoveries(world: World) -> None:
-    sequence_id = world.running(delivery=3, epoch=3)
-    assert end(world.step(StepToken(sequence_id, EOS))).ledger.recoveries == 2
 
 
 def test_the_canonical_line_tells_the_tokens_of_this_worker_and_of_those_before(world: World) -> None:

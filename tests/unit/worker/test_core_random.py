@@ -14,9 +14,18 @@ import pytest
 from services.worker import events as e
 from services.worker.ports import EndReason, EngineDied, EngineEvent, SequenceEnd, StepToken
 from shared.contracts.generation import End, Frame
+from shared.contracts.migration import (
+    AbandonRound,
+    HandedOver,
+    HandOver,
+    Migrate,
+    Round,
+    RoundDone,
+    RoundPending,
+)
 from shared.contracts.placement import StopReplica
 from shared.contracts.records import ReplicaState
-from shared.contracts.requests import Claimed, Gone, Request, Sampling
+from shared.contracts.requests import Cancel, Claimed, Gone, Request, Sampling, Unwanted
 from shared.contracts.residency import Arrival, Lease, Progress, Renewed
 from shared.errors import Code, Failure
 from tests.unit.worker.world import EOS, FakeLoaded, FakePuller, World, lease, load, request
@@ -51,6 +60,11 @@ class History:
         self.away = False
         self.stopped: set[str] = set()
         self.replicas = 0
+        self.migrated = 0
+        self.refused = 0
+        self.handed: set[str] = set()
+        self.owned: set[str] = set()
+        self.arriving: dict[str, tuple[int, int]] = {}
         self.kept: list[FakePuller] = []  # so that ids stay unique
 
     def send(self, event: e.Event | None) -> None:
@@ -63,7 +77,9 @@ class History:
                 assert action.sequence_id not in self.live, "submitted twice"
                 assert action.max_new_tokens > 0
                 self.live[action.sequence_id] = next(
-                    run.replica.id for run in self.world.core.runs.values() if run.sequence_id == action.sequence_id
+                    owner.replica.id
+                    for owner in (*self.world.core.runs.values(), *self.world.core.incoming.landings.values())
+                    if owner.sequence_id == action.sequence_id
                 )
             case e.CancelSequence():
                 pass  # the engine goes on for a while; what it says finds nobody
@@ -76,6 +92,10 @@ class History:
             case e.RequestFinished():
                 if action.outcome == "superseded":
                     self.void.add(action.request_id)
+                elif action.outcome == "migrated":
+                    self.migrated += 1
+                elif action.request_id in self.handed and action.request_id not in self.owned:
+                    self.refused += 1  # never ours: its source settles with the queue
             case e.PublishFrames():
                 for item in action.batch.items:
                     self.hear(item)
@@ -158,12 +178,60 @@ class History:
             steps.append(EngineDied(FAILURE))
         self.send(e.EngineStepped(replica_id, steps))
 
+    def migrate(self) -> None:
+        if self.world.core.replicas:
+            replica_id = self.dice.choice(list(self.world.core.replicas))
+            message = Migrate(to_worker_id="w2", to_replica_id="p2", replica_id=replica_id, most=self.dice.randrange(3))
+            self.send(e.MigrateAsked(message, lambda answer: None))
+
+    def arrive(self) -> None:
+        """A source sends a round, asks again, hands over, abandons: in any order, also nonsense."""
+        luck = self.dice.random()
+        if luck < 0.4 or not self.arriving:
+            if not self.world.core.replicas:
+                return
+            id = f"m{len(self.handed)}"
+            asked = request(f"h{len(self.handed)}", gateway_id=self.dice.choice(["g1", "g2"]))
+            self.handed.add(asked.request_id)
+            self.arriving[id] = (1, 2)
+            replica_id = self.dice.choice(list(self.world.core.replicas))
+            message = Round(
+                migration_id=id, number=1, source_worker_id="w2", replica_id=replica_id, checkpoint_id="c1", index=0,
+                token_ids=(97, 98), request=asked,
+            )  # fmt: skip
+            self.send(e.RoundAsked(message, lambda answer: None))
+            return
+        id = self.dice.choice(list(self.arriving))
+        number, tokens = self.arriving[id]
+        if luck < 0.6:
+            self.arriving[id] = (number + 1, tokens + 1)
+            message = Round(
+                migration_id=id, number=number + 1, source_worker_id="w2", replica_id="r1", checkpoint_id="c1",
+                index=tokens + (luck < 0.42), token_ids=(99,),
+            )  # fmt: skip
+            self.send(e.RoundAsked(message, lambda answer: None))
+        elif luck < 0.7:
+            message = Round(
+                migration_id=id, number=number, source_worker_id="w2", replica_id="r1", checkpoint_id="c1", index=tokens
+            )
+            self.send(e.RoundAsked(message, lambda answer: None))
+        elif luck < 0.9:
+            over = HandOver(migration_id=id, epoch=3, token=f"from-{id}", sequence=1, delivery=1, index=tokens)
+            self.send(e.HandOverAsked(over, lambda answer: None))
+        else:
+            del self.arriving[id]
+            self.send(e.AbandonArrived(AbandonRound(migration_id=id)))
+
+    def operator_drains(self) -> None:
+        self.send(e.DrainSet(self.dice.random() < 0.5, lambda answer: None))
+
     def cancel(self) -> None:
         if self.requests:
             asked = self.dice.choice(self.requests)
             epoch = max(0, self.epochs[asked.request_id] - self.dice.randrange(2))
-            for action in self.world.cancel(asked.request_id, epoch=epoch, requeue=self.dice.random() < 0.3):
-                self.carry_out(action)
+            how = self.dice.random()
+            message = Cancel(request_id=asked.request_id, epoch=epoch, requeue=how < 0.3, superseded=how > 0.8)
+            self.send(e.CancelArrived(message))
 
     def wait(self) -> None:
         for action in self.world.wait(self.dice.choice([0.1, 1.0, 6.0])):
@@ -219,6 +287,7 @@ class History:
                 self.live = {key: owner for key, owner in self.live.items() if owner != replica_id}
                 self.send(e.Detached(replica_id))
             case e.RemoveRecord(replica_id=replica_id):
+                self.stopped.discard(replica_id)
                 self.send(e.RecordRemoved(replica_id))
             case e.ClaimRequest(token=token, message=message):
                 if luck < 0.1:
@@ -230,6 +299,7 @@ class History:
                     epoch = self.epochs[message.request_id]
                     token_ids = tuple(self.dice.choices([97, 99], k=self.dice.randrange(3)))
                     self.next_index[message.request_id, epoch] = len(token_ids)
+                    self.owned.add(message.request_id)
                     claimed = Claimed(epoch=epoch, budget_s=30, waited_s=luck, token_ids=token_ids)
                     self.send(e.ClaimAnswered(token, claimed))
             case e.Tokenise(token=token):
@@ -242,6 +312,39 @@ class History:
                 unserved = self.dice.random() < 0.5
                 answered = FAILURE if luck < 0.2 or self.away else Renewed(unknown=unknown)
                 self.send(e.LeasesRenewed(answered, unserved=unserved))
+            case e.TellHolds(gateway_id=gateway_id, message=message):
+                ids = [one.request_id for one in message.requests]
+                held: Unwanted | Failure = Unwanted(
+                    ended=tuple(one for one in ids if self.dice.random() < 0.05),
+                    superseded=tuple(one for one in ids if self.dice.random() < 0.05),
+                )
+                self.send(e.HoldsAnswered(gateway_id, FAILURE if luck < 0.3 else held))
+            case e.SendRound(message=message):
+                done = RoundDone(number=message.number, prefilled_tokens=5, prefill_s=luck, step_s=0.01)
+                rounded = RoundPending(number=message.number) if luck < 0.2 else FAILURE if luck < 0.4 else done
+                self.send(e.RoundAnswered(message.migration_id, message.number, rounded))
+            case e.SendHandOver(migration_id=moving):
+                self.send(e.HandOverAnswered(moving, HandedOver(epoch=9) if luck < 0.5 else FAILURE))
+            case e.Reclaim(migration_id=moving, message=message):
+                back: Claimed | Gone | Failure = FAILURE
+                mine = [run for run in self.world.core.runs.values() if run.request_id == message.request_id]
+                if luck < 0.2 or not mine:
+                    back = Gone(reason="left")
+                elif luck < 0.4:
+                    back = Failure(code=Code.STALE_EPOCH, message="It is somebody else's.")
+                elif luck < 0.8:
+                    self.epochs[message.request_id] += 1
+                    run = mine[0]
+                    assert run.generation is not None
+                    epoch = self.epochs[message.request_id]
+                    self.next_index[message.request_id, epoch] = run.emitted_tokens
+                    back = Claimed(
+                        epoch=epoch,
+                        budget_s=9,
+                        waited_s=1,
+                        token_ids=tuple(run.generation.output[: run.emitted_tokens]),
+                    )
+                self.send(e.ReclaimAnswered(moving, back))
             case e.LookAtServer():
                 self.send(e.ServerSeen(self.dice.choice(["", "/dev/shm/a", "/dev/shm/b"])))
             case e.PrepareSegment():
@@ -262,6 +365,9 @@ def test_a_random_history_leaks_nothing(seed: int) -> None:
         (history.ask_load, 6),
         (history.ask_stop, 2),
         (history.bus, 1),
+        (history.migrate, 5),
+        (history.arrive, 8),
+        (history.operator_drains, 1),
     ]
     for _ in range(400):
         (happen,) = history.dice.choices([choice for choice, _ in choices], [weight for _, weight in choices])
@@ -269,7 +375,7 @@ def test_a_random_history_leaks_nothing(seed: int) -> None:
     if history.away:
         history.bus()
     history.send(e.DrainAsked())
-    for _ in range(2000):
+    for _ in range(4000):
         if history.drained:
             break
         history.answer()
@@ -283,4 +389,6 @@ def test_a_random_history_leaks_nothing(seed: int) -> None:
     assert sorted(history.released) == sorted(history.granted)
     assert all(count == 1 for count in history.settled.values()), "acknowledged twice"
     unsettled = [token for token in history.deliveries if token not in history.settled]
-    assert len(unsettled) <= sum(history.delivered[request_id] - 1 for request_id in history.void)
+    void = sum(max(1, history.delivered[request_id]) for request_id in history.void)
+    assert len(unsettled) <= void + history.migrated
+    assert not core.outgoing and not core.incoming

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 import msgspec
 
 from services.worker import events as e
-from services.worker.core import Limits, WorkerCore
+from services.worker.core import WorkerCore
 from services.worker.ports import AttachTimes, EngineEvent
+from services.worker.run import Limits
 from shared.contracts.generation import End, Frame
 from shared.contracts.placement import LoadReplica, StopReplica
 from shared.contracts.requests import Cancel, Claimed, Prompt, Request, Sampling, TokensPrompt
