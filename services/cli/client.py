@@ -15,6 +15,7 @@ from urllib.parse import quote
 import aiohttp
 import msgspec
 
+from shared.contracts.migration import MigrationEnded, Moving, RunningRequest
 from shared.contracts.records import ClusterView, DeploymentRecord, DeploymentSpec
 from shared.contracts.residency import HeldCheckpoint, Progress, Source
 
@@ -30,6 +31,23 @@ class ClientError(Exception):
     def __init__(self, message: str, code: str = "") -> None:
         super().__init__(message)
         self.code = code
+
+
+class RunningRequests(msgspec.Struct, frozen=True, kw_only=True):
+    """What runs on the workers, oldest first; `silent` workers did not answer."""
+
+    data: tuple[RunningRequest, ...]
+    silent: tuple[str, ...] = ()
+
+
+class DrainingWorker(msgspec.Struct, frozen=True, kw_only=True):
+    """What a draining worker still has. `phase` "" is a worker that has ended."""
+
+    worker_id: str
+    phase: str
+    requests: int
+    replicas: int
+    incoming: int = 0
 
 
 class Client:
@@ -132,21 +150,56 @@ class Client:
         async with self._ask("DELETE", f"{_place(server_id, checkpoint_id)}?tier={tier}") as response:
             return json.loads(await response.read())
 
+    async def requests(self) -> RunningRequests:
+        """What runs on the workers now."""
+        found: RunningRequests = await self._decoded("GET", "/v1/admin/requests", RunningRequests)
+        return found
+
+    async def migrate(self, request_id: str, to: str | None) -> AsyncIterator[Moving | MigrationEnded]:
+        """Move a running request (`to` None: the scheduler chooses): how far it is, and at the end how it ended."""
+        async for line in self._answers(f"/v1/admin/requests/{quote(request_id, safe='')}/migrate", {"to": to}):
+            if "moving" in line:
+                yield _converted(line["moving"], Moving, "moving")
+            else:
+                yield _converted(line.get("migrated"), MigrationEnded, "migration_ended")
+                return
+
+    async def drain(
+        self, kind: str, id: str, *, on: bool, wait_s: float
+    ) -> AsyncIterator[list[DrainingWorker] | dict[str, Any]]:
+        """Let everything leave a worker or server (`kind` "workers" or "servers"), or take that back (`on` false).
+
+        What is left, repeatedly, and at the end what the gateway says was done; without the end if `wait_s` is 0 and
+        something is left.
+        """
+        async for line in self._answers(f"/v1/admin/{kind}/{quote(id, safe='')}/drain", {"on": on, "wait_s": wait_s}):
+            if "draining" in line:
+                yield _converted(line["draining"], list[DrainingWorker])
+            else:
+                yield line
+                return
+
     async def _steps(self, path: str, body: object) -> AsyncIterator[Progress | dict[str, Any]]:
         """How far a long call is, repeatedly, and at the end its result."""
+        async for line in self._answers(path, body):
+            if "progress" not in line:
+                yield line
+                return
+            yield _converted(line["progress"], Progress, "progress")
+
+    async def _answers(self, path: str, body: object) -> AsyncIterator[dict[str, Any]]:
+        """The lines of the answer to a long call. An error among them is raised."""
         async with self._ask("POST", path, body, "application/x-ndjson") as response:
             async for raw in _lines(response):
                 try:
                     line = json.loads(raw)
                     if "error" in line:
                         raise ClientError(str(line["error"].get("message", line)), str(line["error"].get("code", "")))
-                    if "progress" not in line:
-                        yield line
-                        return
-                    # A gateway may leave the type tag out; the contract has one.
-                    yield msgspec.convert({"type": "progress", **line["progress"]}, Progress)
+                    if not isinstance(line, dict):
+                        raise ValueError("a line is no object")
                 except (ValueError, TypeError, AttributeError) as error:
                     raise ClientError(f"The gateway's answer cannot be read ({error}).") from error
+                yield line
 
     async def delete(self, name: str) -> Any:
         """Remove a deployment; what the gateway answers."""
@@ -173,6 +226,15 @@ class Client:
 
 class _Held(msgspec.Struct):
     data: list[HeldCheckpoint]
+
+
+def _converted(value: Any, kind: type[T] | Any, tag: str = "") -> T:
+    """A part of an answer as `kind`. A gateway may leave a type tag out; the contract has one."""
+    try:
+        found: T = msgspec.convert({"type": tag, **value} if tag else value, kind)
+    except (ValueError, TypeError) as error:
+        raise ClientError(f"The gateway's answer cannot be read ({error}).") from error
+    return found
 
 
 def _place(server_id: str, checkpoint_id: str = "") -> str:

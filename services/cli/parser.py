@@ -27,6 +27,7 @@ SOURCE_HELP: Final = (
     "a directory, hf:ORG/NAME, or a URL (s3://, gs://, az://, https://, http://, file://), "
     "in Hugging Face's form or in Hearth's"
 )
+DRAIN_S: Final = 300.0
 DTYPES: Final = ("float32", "bfloat16", "float16")
 
 
@@ -114,7 +115,9 @@ def _up(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--servers", metavar="N", type=_positive, default=1, help="servers, each with its own store (1)"
     )
-    parser.add_argument("--workers-per-server", metavar="M", type=_positive, default=1, help="workers on each (1)")
+    parser.add_argument(
+        "--workers-per-server", "--workers", metavar="M", type=_positive, default=1, help="workers on each (1)"
+    )
     parser.add_argument("--port", type=_port, default=8080, help="port of the HTTP API (%(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="address of the HTTP API (%(default)s: this machine only)")
     parser.add_argument("--dram", metavar="SIZE", type=_size, help="DRAM tier of each server, such as 512MiB or 4GiB")
@@ -147,6 +150,32 @@ def _deploy(parser: argparse.ArgumentParser) -> None:
 def _ps(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the cluster view as JSON")
     parser.add_argument("--watch", action="store_true", help="keep showing it until Ctrl-C")
+    _client(parser)
+
+
+def _requests(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print them as JSON")
+    _client(parser)
+
+
+def _migrate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("request", help="its id or the beginning of it (hearth requests)")
+    parser.add_argument("--to", metavar="WORKER", help="where to (the scheduler chooses)")
+    parser.add_argument("--json", action="store_true", help="print how it ended as JSON")
+    _client(parser)
+
+
+def _drain(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="WORKER|SERVER", help="its id or the beginning of it; a server: all workers")
+    parser.add_argument("--undo", action="store_true", help="take work again")
+    parser.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        default=DRAIN_S,
+        help=f"give up waiting after so long; 0: do not wait ({DRAIN_S:.0f})",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     _client(parser)
 
 
@@ -281,6 +310,9 @@ VERBS: Final[tuple[tuple[str, str, str, str, Callable[[argparse.ArgumentParser],
     ("up", "run a whole cluster on this machine", "services.cli.up", "up", _up),
     ("deploy", "make a model answer under a name", "services.cli.deploy", "deploy", _deploy),
     ("ps", "show servers, workers, replicas, deployments and what is resident where", "services.cli.ps", "ps", _ps),
+    ("requests", "show the requests that run, and where", "services.cli.moves", "requests", _requests),
+    ("migrate", "move a running request to another worker", "services.cli.moves", "migrate", _migrate),
+    ("drain", "let everything move away from a worker or server", "services.cli.moves", "drain", _drain),
     ("delete", "remove a deployment", "services.cli.deploy", "delete", _delete),
     ("chat", "talk to a deployment", "services.cli.chat", "chat", _chat),
     ("tap", "show the traffic on the bus, decoded", "services.cli.tap", "tap", _tap),

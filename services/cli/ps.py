@@ -16,21 +16,25 @@ from services.cli.checkpoints import ID_CHARS
 from services.cli.client import Client, run
 from services.cli.deploy import parameters
 from services.cli.progress import amount, percent
-from shared.contracts.records import ClusterView, DeploymentRecord, ReplicaState, ServerRecord
+from shared.contracts.records import ClusterView, DeploymentRecord, Phase, ReplicaState, ServerRecord
 from shared.sizes import duration, rate, size
 
 REFRESH_S: Final = 1.0
 # So many pins or quarantined checkpoints of a server are named.
 NOTED: Final = 8
+DEVICE_CHARS: Final = 24
 
 
 def tables(view: ClusterView) -> RenderableType:
     """The whole view, readable at 100 columns."""
-    parts: list[RenderableType] = [_deployments(view), _replicas(view), _workers(view), _servers(view)]
-    return Group(*parts)
+    parts: list[RenderableType] = [_deployments(view), _replicas(view), _workers(view)]
+    if any(record.migrations for record in view.workers):
+        parts.append(_migrations(view))
+    return Group(*parts, _servers(view))
 
 
-def _table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
+def plain_table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
+    """A table without lines; columns of `right` are aligned there."""
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), expand=False)
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", header_style="dim", overflow="fold")
@@ -65,7 +69,7 @@ def _servers_of(view: ClusterView) -> list[ServerRecord]:
 def _deployments(view: ClusterView) -> RenderableType:
     if not view.deployments:
         return Text("no deployments (hearth deploy NAME --source DIR|hf:ORG/NAME|URL)\n", style="dim")
-    table = _table("deployments", "name", "state", "model", "replicas", "queue", "resident", right=("queue",))
+    table = plain_table("deployments", "name", "state", "model", "replicas", "queue", "resident", right=("queue",))
     for record in sorted(view.deployments, key=lambda record: record.spec.name):
         found = record.checkpoint
         model = f"{parameters(found.parameters)} {found.dtype}, {size(found.weight_bytes)}" if found else "not imported"
@@ -93,7 +97,7 @@ def _deployments(view: ClusterView) -> RenderableType:
 def _replicas(view: ClusterView) -> RenderableType:
     if not view.replicas:
         return Text("no replicas: nothing is loaded\n", style="dim")
-    table = _table(
+    table = plain_table(
         "replicas", "replica", "deployment", "worker", "state", "running", "idle", "requests", "tokens",
         right=("running", "idle", "requests", "tokens"),
     )  # fmt: skip
@@ -117,25 +121,49 @@ def _replicas(view: ClusterView) -> RenderableType:
 def _workers(view: ClusterView) -> RenderableType:
     if not view.workers:
         return Text("no workers\n", style="dim")
-    table = _table("workers", "worker", "server", "phase", "device", "memory", "replicas", right=("memory", "replicas"))
+    table = plain_table(
+        "workers", "worker", "server", "phase", "pid", "device", "memory", "replicas",
+        right=("pid", "memory", "replicas"),
+    )  # fmt: skip
     for record in sorted(view.workers, key=lambda record: record.worker_id):
         count = sum(1 for replica in view.replicas if replica.worker_id == record.worker_id)
         name = f"{record.device} ({record.device_name})" if record.device_name else record.device
         table.add_row(
             record.worker_id,
             record.server_id,
-            record.phase.value,
-            name if len(name) <= 32 else name[:31] + "…",
+            Text(record.phase.value, style="" if record.phase is Phase.READY else "yellow"),
+            str(record.pid),
+            name if len(name) <= DEVICE_CHARS else name[: DEVICE_CHARS - 1] + "…",
             f"{size(record.memory_used_bytes)}/{size(record.memory_total_bytes)}",
             f"{count}/{record.max_replicas}",
         )
     return Group(table, "")
 
 
+def _migrations(view: ClusterView) -> RenderableType:
+    table = plain_table(
+        "migrations", "request", "from → to", "reason", "state", "rounds", "tokens", "gap", "time",
+        right=("rounds", "tokens", "gap", "time"),
+    )  # fmt: skip
+    for record in sorted(view.workers, key=lambda record: record.worker_id):
+        for one in record.migrations:
+            table.add_row(
+                one.request_id,
+                f"{record.worker_id} → {one.destination_worker_id}",
+                one.reason.value,
+                one.state,
+                str(one.rounds),
+                str(one.tokens),
+                str(one.gap_tokens),
+                duration(one.running_s),
+            )
+    return Group(table, "")
+
+
 def _servers(view: ClusterView) -> RenderableType:
     if not view.servers:
         return Text("no servers", style="dim")
-    table = _table(
+    table = plain_table(
         "servers", "server", "phase", "DRAM", "leased", "SSD", "from SSD", "peers", "remote",
         right=("DRAM", "leased", "SSD", "from SSD", "peers", "remote"),
     )  # fmt: skip

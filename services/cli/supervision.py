@@ -40,9 +40,10 @@ class Supervision:
     def ended(self, code: int, ran_s: float) -> StartAgain | GiveUp:
         """The child ended by itself with this exit code (negative: the signal) after running this many seconds.
 
-        A child that ran well for `QUICK_S` has proved itself, and its earlier failures are forgotten.
+        A child that ran well for `QUICK_S` has proved itself, and its earlier failures are forgotten. One that ends in
+        order was told to, by hand (a rolling restart), which is no failure.
         """
-        self._quick_failures = self._quick_failures + 1 if ran_s < QUICK_S else 0
+        self._quick_failures = self._quick_failures + 1 if ran_s < QUICK_S and code != 0 else 0
         if code in HOPELESS:
             return GiveUp("it refuses its settings")
         if self._quick_failures >= QUICK_FAILURES:

@@ -21,7 +21,9 @@ from shared.errors import HearthError
 from shared.subjects import CONVERSATIONS, Endpoint
 
 # Keys under which the contracts carry what users wrote or read.
-USER_DATA: Final = frozenset({"text", "content", "messages", "token_ids", "prompt", "logprobs", "stop", "logit_bias"})
+USER_DATA: Final = frozenset(
+    {"text", "echo_text", "content", "messages", "token_ids", "prompt", "logprobs", "stop", "logit_bias"}
+)
 REPLIES_REMEMBERED: Final = 4096
 QUEUE_LIMIT: Final = 10_000
 

@@ -45,7 +45,7 @@ async def test_the_openai_client_passes_it_through(nats_url: str, redis_url: str
             streaming: tuple[dict[str, Any], ...] = ({}, {"stream_options": {"include_usage": True}})
             for options in streaming:
                 extras: list[dict[str, Any]] = []
-                chunks = await client.chat.completions.create(**CHAT, **options, stream=True, extra_headers=ASK)  # type: ignore[call-overload]
+                chunks = await client.chat.completions.create(**CHAT, **options, stream=True, extra_headers=ASK)
                 async for chunk in chunks:
                     extras.append((chunk.model_extra or {}).get("hearth", {}))
                 assert extras[:-1] == [{}] * (len(extras) - 1)

@@ -29,7 +29,12 @@ def test_wrong_settings_are_not_tried_twice() -> None:
 
 
 def test_an_end_without_error_is_an_end_all_the_same() -> None:
-    assert isinstance(Supervision().ended(0, 100.0), StartAgain)
+    supervision = Supervision()
+    assert {supervision.ended(0, ran_s) for ran_s in (100.0, *[1.0] * 20)} == {StartAgain(0.2)}
+    for _ in range(QUICK_FAILURES - 1):
+        supervision.ended(1, 0.5)
+    supervision.ended(0, 0.5)
+    assert supervision.ended(1, 0.5) == StartAgain(0.2), "it could run"
 
 
 def test_how_a_process_ended_in_words() -> None:
