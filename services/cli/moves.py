@@ -60,7 +60,7 @@ def requests_table(running: Iterable[RunningRequest]) -> RenderableType:
     if not rows:
         return Text("no request runs", style="dim")
     table = plain_table(
-        "requests", "request", "deployment", "worker", "state", "prompt", "tokens", "time", "migrating to",
+        "requests", "request", "deployment", "worker", "state", "prompt", "tokens", "time", "moves to",
         right=("prompt", "tokens", "time"),
     )  # fmt: skip
     for one in rows:
@@ -71,7 +71,7 @@ def requests_table(running: Iterable[RunningRequest]) -> RenderableType:
             one.state,
             str(one.prompt_tokens),
             str(one.completion_tokens),
-            duration(one.running_s),
+            f"{one.running_s:.0f} s",
             one.migrating_to or "–",
         )
     return table

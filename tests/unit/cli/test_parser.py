@@ -21,7 +21,8 @@ def test_every_verb_leads_to_a_function() -> None:
 
 WRONG = (
     "", "fly", "up --port 0", "up --servers none", "up --dram much", "up --dem", "deploy -x", "chat", "store fly",
-    "store import", "store pin", "store evict c --tier tape", "store export c", "store ls --serv a",
+    "store import", "store pin", "migrate", "migrate a b", "drain", "drain w --timeout soon", "drain w --und",
+    "requests x", "up --workers 0", "store evict c --tier tape", "store export c", "store ls --serv a",
 )  # fmt: skip
 
 
@@ -52,6 +53,22 @@ def test_help_is_0(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> 
 def test_up_takes_sizes_and_numbers() -> None:
     options = parse(["up", "--demo", "--servers", "2", "--dram", "1.5GiB", "--port", "9000"]).options
     assert (options.demo, options.servers, options.dram, options.port) == (True, 2, 1610612736, 9000)
+
+
+def test_workers_are_asked_for_by_either_name() -> None:
+    assert parse(["up", "--workers", "2"]).options.workers_per_server == 2
+    assert parse(["up", "--workers-per-server", "3"]).options.workers_per_server == 3
+
+
+def test_moving_away() -> None:
+    verb = parse(["migrate", "abc", "--to", "worker-2", "--url", "http://there:1"])
+    assert (verb.module, verb.function) == ("services.cli.moves", "migrate")
+    assert (verb.options.request, verb.options.to, verb.options.json) == ("abc", "worker-2", False)
+    assert parse(["migrate", "abc"]).options.to is None
+    options = parse(["drain", "worker-1"]).options
+    assert (options.target, options.undo, options.timeout) == ("worker-1", False, 300.0)
+    options = parse(["drain", "worker-1", "--undo", "--timeout", "5s", "--json"]).options
+    assert (options.undo, options.timeout, options.json) == (True, 5.0, True)
 
 
 def test_tests_options_are_pytests() -> None:

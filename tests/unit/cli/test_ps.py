@@ -8,6 +8,7 @@ import msgspec
 from rich.console import Console
 
 from services.cli.ps import residency, tables
+from shared.contracts.migration import MigrationInFlight, MigrationReason
 from shared.contracts.records import (
     ClusterView,
     DeploymentRecord,
@@ -74,6 +75,30 @@ def test_everything_fits_into_100_columns() -> None:
     assert "not imported" in text and "nowhere yet" in text
     rows = [line for line in text.splitlines() if line.startswith("demo ")]
     assert len(rows) == 1 and "4.2 M float32, 12 MiB" in rows[0] and " 7 " in rows[0]
+
+
+def moving(request_id: str, state: str = "handover") -> MigrationInFlight:
+    return MigrationInFlight(
+        migration_id="m", request_id=request_id, deployment="demo", destination_worker_id="worker-12",
+        reason=MigrationReason.KV_MEMORY, state=state, rounds=3, tokens=12_345, gap_tokens=123, running_s=12.5,
+    )  # fmt: skip
+
+
+def test_migrations_in_flight_have_a_table_of_their_own() -> None:
+    busy = WorkerRecord(
+        worker_id="worker-11", server_id="server-1", phase=Phase.DRAINING, pid=4_194_304, device="cuda:0",
+        device_name="A GPU with a very long name of its own", memory_total_bytes=2**36, memory_used_bytes=2**30,
+        max_replicas=8, migrations=(moving(f"{'ab' * 12}-15"), moving("x", "round")),
+    )  # fmt: skip
+    idle = msgspec.structs.replace(busy, worker_id="worker-2", phase=Phase.READY, migrations=())
+    text = shown(ClusterView(workers=(busy, idle)))
+    assert max(map(len, text.splitlines())) <= 100
+    rows = [line.split() for line in text.splitlines()]
+    assert [f"{'ab' * 12}-15", "worker-11", "→", "worker-12", "kv_memory", "handover", "3", "12345", "123", "12",
+            "s"] in rows  # fmt: skip
+    assert ["x", "worker-11", "→", "worker-12", "kv_memory", "round", "3", "12345", "123", "12", "s"] in rows
+    assert ["worker-11", "server-1", "draining", "4194304"] in [row[:4] for row in rows]
+    assert "migrations" not in shown(ClusterView(workers=(idle,)))
 
 
 def test_nothing_is_said_in_words() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from services.cli.tap import REPLIES_REMEMBERED, Decoder, nats_url_of, render, veil
 from shared import codec
+from shared.contracts.migration import Drain, HandOver, Round
 from shared.contracts.requests import ChatMessage, ChatPrompt, Claim, Claimed, Request, Sampling
 
 SECRET = "the secret of the house"
@@ -28,6 +29,37 @@ def test_a_queued_request_without_its_words() -> None:
     line = render(shown, 0.0)
     assert "v1.queue.demo-12345678  request " in line and 'request_id="r1"' in line
     assert SECRET not in line and "secret" not in line
+
+
+def test_a_migration_without_its_words_and_tokens() -> None:
+    tokens = (31337, 31338, 31339)
+    told = [
+        ("round", Round(
+            migration_id="m1", number=1, source_worker_id="w1", replica_id="x", checkpoint_id="c1", index=0,
+            token_ids=tokens, request=request(),
+        )),
+        ("hand_over", HandOver(
+            migration_id="m1", epoch=2, token="$JS.ACK.1", sequence=1, delivery=1, index=9, token_ids=tokens,
+            echo_text=SECRET,
+        )),
+    ]  # fmt: skip
+    for verb, message in told:
+        shown = Decoder("", payloads=False).decode(f"v1.worker.w2.{verb}", codec.encode(message), "_INBOX.1")
+        assert shown is not None
+        line = render(shown, 0.0)
+        assert f"v1.worker.w2.{verb}  {verb} " in line and 'migration_id="m1"' in line
+        assert "secret" not in line and "31337" not in line and 'token_ids="<3 items>"' in line
+
+
+def test_every_conversation_about_a_migration_is_known() -> None:
+    decoder = Decoder("p", payloads=False)
+    data = codec.encode(Drain(on=True))
+    for subject in (
+        "scheduler.move", "scheduler.relief", "migrations.w1", "gateway.g1.holds",
+        *(f"worker.w1.{verb}" for verb in ("check", "migrate", "round", "hand_over", "abandon", "drain", "requests")),
+    ):  # fmt: skip
+        shown = decoder.decode(f"p.v1.{subject}", data, "")
+        assert shown is not None and shown["message"] == {"type": "drain", "on": True}, subject
 
 
 def test_payloads_on_demand() -> None:
