@@ -46,7 +46,7 @@ class CommonSettings(msgspec.Struct, frozen=True, kw_only=True):
     metrics_host: Annotated[str, _doc("address of /metrics on services without HTTP of their own")] = "127.0.0.1"
     heartbeat_s: Annotated[Seconds, _doc("seconds between refreshes of a record")] = 1.0
     record_ttl_s: Annotated[Seconds, _doc("seconds after which a record without heartbeat is gone")] = 5.0
-    drain_s: Annotated[Seconds, _doc("seconds that running requests get to finish at shutdown")] = 30.0
+    drain_s: Annotated[Seconds, _doc("seconds that running requests get at shutdown to move away or to end")] = 30.0
     ack_wait_s: Annotated[Seconds, _doc("seconds after which the queue gives a silent worker's request to another")] = (
         5.0
     )
@@ -190,8 +190,8 @@ SERVICES: Final[dict[str, type[CommonSettings]]] = {
 
 # Read by the command line (`services/cli`), so that `hearth up` in the same shell is no start-up error of a service.
 CLI_VARIABLES: Final[dict[str, str]] = {
-    "HEARTH_URL": "the gateway that `hearth deploy|ps|delete|chat|store` talk to; default http://127.0.0.1:8080",
-    "HEARTH_API_KEY": "the key that `hearth deploy|ps|delete|chat|store` present",
+    "HEARTH_URL": "the gateway that the command line talks to; default http://127.0.0.1:8080",
+    "HEARTH_API_KEY": "the key that the command line presents to the gateway",
     "HEARTH_DATA_DIR": "where `hearth up` keeps its data; default .hearth",
 }
 
