@@ -406,6 +406,15 @@ class Bus:
         with self._queue_errors(), contextlib.suppress(nats.js.errors.APIError):
             await self._js.delete_msg(self.stream, sequence)
 
+    async def queued(self, sequence: int) -> bool:
+        """Whether the queue has this message still, waiting or handed out; it is gone once it was acknowledged."""
+        with self._queue_errors():
+            try:
+                await self._js.get_msg(self.stream, sequence)
+            except nats.js.errors.NotFoundError:
+                return False
+        return True
+
     async def queue_depths(self) -> dict[str, int]:
         """Slug → requests outstanding: waiting or running, that is not acknowledged yet."""
         with self._queue_errors():

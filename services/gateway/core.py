@@ -1,326 +1,129 @@
 """The state machine of open requests: queued → streaming → (interrupted → streaming …) → ended. Pure.
 
-The gateway is the one authority on who owns a request and on what its client has. Ownership is an *epoch*: every claim
-gets the next one, and only frames of the current epoch at the next index are let through, so each token reaches the
-client once and in order, whatever crashed, moved or was lost.
+The gateway is the one authority on who owns a request (`ownership`) and on what its client has: only frames of the
+current epoch at the next index are let through, so each token reaches the client once and in order, whatever crashed,
+moved or was lost.
 
 A client *call* is a set of requests (choices × prompts). It has one answer: the failure of one request takes its
 siblings with it.
 
 What gets lost is found out and repeated here:
 
-* a gap in the frames → the owner is told to give the request back (`Cancel(requeue=True)`) and the next claim resumes;
-* an end after a gap, or silence after a lost end → the queue message is gone already: the request is published again;
-* an owner that goes on with a request that has ended here is told again, every `remind_s`;
-* a request that was delivered to and claimed by more than `max_deliveries` owners kills them: it fails with
-  `worker_lost`.
+* an owner that is silent is asked (`watch`); one that is dead, hangs or is cut off loses its requests at once: their
+  messages go back to the queue, and the next claim resumes them. So do those that an owner gives back itself;
+* a gap in the frames → the owner is told to give the request back (`Cancel(requeue=True)`);
+* an interrupted request whose message is not in the queue any more (a late owner has acknowledged it, its end was
+  lost) is published again;
+* who goes on with a request that has ended here, or that somebody else owns now, is told so, every `remind_s`;
+* a request that kills its owners is found out (`suspects`) and fails with `worker_lost`.
 """
 
 from __future__ import annotations
 
 import enum
 import heapq
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import assert_never
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final, assert_never
 
 import msgspec
 
-from shared.contracts.generation import End, Frame, FrameBatch, Ledger, Usage
-from shared.contracts.requests import Cancel, Claim, Claimed, Gone, Request
-from shared.contracts.residency import LoadProgress, Progress
+from services.gateway.events import (
+    Account,
+    Action,
+    Admitted,
+    AnswerClaim,
+    AnswerHandle,
+    AnswerHolds,
+    CancelWork,
+    CheckOwner,
+    ClaimAsked,
+    ClientLeft,
+    Closing,
+    Conclude,
+    Deliver,
+    DeploymentFailed,
+    DeploymentGone,
+    Disconnected,
+    Event,
+    Fail,
+    FindMessage,
+    FramesArrived,
+    GiveBack,
+    Hint,
+    HoldsAsked,
+    HoldsHandle,
+    Inform,
+    MessageFound,
+    OwnerChecked,
+    OwnerLost,
+    ProgressArrived,
+    Publish,
+    Published,
+    PublishFailed,
+    Reconnected,
+    Resumed,
+    Settle,
+    Unqueue,
+)
+from services.gateway.ownership import GONE, REPLACED, Call, Grant, Live, State, grant, judge, replace_message
+from services.gateway.reminders import Reminders
+from services.gateway.suspects import Suspects
+from services.gateway.waiting import Waiting
+from services.gateway.watch import Owner, Watch
+from shared.backoff import delay_s
+from shared.contracts.generation import End, Frame, FrameBatch, GivenBack, Ledger, Usage
+from shared.contracts.requests import Cancel, Claim, Claimed, Gone, Holds, Owned, Request, Unwanted
 from shared.errors import Code, Failure
 
-AnswerHandle = Callable[[Claimed | Gone | Failure], None]
+__all__ = [
+    "GONE", "REPLACED", "Account", "Action", "Admitted", "AnswerClaim", "AnswerHandle", "AnswerHolds", "CancelWork",
+    "CheckOwner", "ClaimAsked", "ClientLeft", "Closing", "Conclude", "Config", "Deliver", "DeploymentFailed",
+    "DeploymentGone", "Disconnected", "Event", "Fail", "FindMessage", "FramesArrived", "GatewayCore", "GiveBack",
+    "Hint", "HoldsAsked", "HoldsHandle", "Inform", "MessageFound", "OwnerChecked", "OwnerLost", "ProgressArrived",
+    "Publish", "PublishFailed", "Published", "Reconnected", "Resumed", "Settle", "State", "Unqueue",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """Seconds and counts. `quiet_s`: silence of an owner after its first frame until it is asked to give the request
-    back; `prefill_quiet_s`: the same before the first frame (a long prompt on a slow device must not be interrupted);
-    `reconnect_quiet_s`: the same after the bus was away; `reclaim_s`: how long a request that was asked back waits for
-    its next claim before it is published again.
+    """Seconds and counts.
+
+    `max_deliveries`: owners that a request may lose in a row within `proof_s` of their claim; `max_recoveries`: how
+    often one request is resumed in its life, for whatever reason; `max_republished`: how often in a row, without a
+    token, its end may be lost. `check_s`, `lost_after_s`, `quiet_s`: see `watch`. `settle_s`: how long after the bus
+    came back others may still be on their way, and after a claim its answer. `reclaim_s`: how long an interrupted
+    request waits for its next claim until its message is looked for, at first; `reclaim_most_s` at most.
     """
 
     max_deliveries: int = 5
+    max_recoveries: int = 100
     max_republished: int = 3
+    proof_s: float = 10.0
+    check_s: float = 0.5
+    lost_after_s: float = 3.0
     quiet_s: float = 60.0
-    prefill_quiet_s: float = 600.0
-    reconnect_quiet_s: float = 5.0
-    reclaim_s: float = 15.0
+    settle_s: float = 2.0
+    reclaim_s: float = 2.0
+    reclaim_most_s: float = 10.0
     remind_s: float = 0.5
-    leaving_s: float = 60.0
     inform_s: float = 0.2
     progress_fresh_s: float = 2.0
     hint_s: float = 0.01
 
 
-# -- events -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Admitted:
-    """A valid call came in. `queue_limit` bounds this gateway's open requests of the deployment."""
-
-    call_id: str
-    deployment: str
-    slug: str
-    requests: tuple[Request, ...]
-    queue_limit: int
-    budget_s: float
-    stream: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """The queue has a request."""
-
-    request_id: str
-    attempt: int
-    sequence: int
-
-
-@dataclass(frozen=True, slots=True)
-class PublishFailed:
-    """The queue did not take a request (or did not say so)."""
-
-    request_id: str
-    attempt: int
-    failure: Failure
-
-
-@dataclass(frozen=True, slots=True)
-class ClaimAsked:
-    """A worker wants a request."""
-
-    claim: Claim
-    reply: AnswerHandle
-
-
-@dataclass(frozen=True, slots=True)
-class FramesArrived:
-    """Tokens and ends."""
-
-    batch: FrameBatch
-
-
-@dataclass(frozen=True, slots=True)
-class ClientLeft:
-    """The client closed its connection, or reads too slowly to be served."""
-
-    call_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class ProgressArrived:
-    """A cold start got further. `LoadProgress.deployment` is the deployment's slug."""
-
-    progress: LoadProgress
-
-
-@dataclass(frozen=True, slots=True)
-class DeploymentGone:
-    """A deployment was deleted."""
-
-    deployment: str
-
-
-@dataclass(frozen=True, slots=True)
-class DeploymentFailed:
-    """No server can load a deployment, and no replica of it answers: who waits for one waits in vain."""
-
-    deployment: str
-    failure: Failure
-
-
-@dataclass(frozen=True, slots=True)
-class Reconnected:
-    """The bus was away and is back: anything may have been lost."""
-
-
-@dataclass(frozen=True, slots=True)
-class Closing:
-    """The gateway ends: every open call does, with this failure."""
-
-    failure: Failure
-
-
-Event = (
-    Admitted
-    | Published
-    | PublishFailed
-    | ClaimAsked
-    | FramesArrived
-    | ClientLeft
-    | ProgressArrived
-    | DeploymentGone
-    | DeploymentFailed
-    | Reconnected
-    | Closing
-)
-
-# -- actions ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Publish:
-    """Put a request into its deployment's queue; comes back as `Published` or `PublishFailed`."""
-
-    slug: str
-    request: Request
-    attempt: int
-
-
-@dataclass(frozen=True, slots=True)
-class Unqueue:
-    """Take a request out of the queue."""
-
-    sequence: int
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerClaim:
-    """Answer a worker's claim."""
-
-    reply: AnswerHandle
-    answer: Claimed | Gone | Failure
-
-
-@dataclass(frozen=True, slots=True)
-class Deliver:
-    """A frame for choice `choice` of a call. `gap_s`: seconds since the frame before, None for the first one."""
-
-    call_id: str
-    choice: int
-    frame: Frame
-    gap_s: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Conclude:
-    """Choice `choice` of a call is complete."""
-
-    call_id: str
-    choice: int
-    end: End
-
-
-@dataclass(frozen=True, slots=True)
-class Fail:
-    """A call has failed; nothing follows."""
-
-    call_id: str
-    failure: Failure
-
-
-@dataclass(frozen=True, slots=True)
-class Inform:
-    """A call that streams and waits may tell its client how far the cold start is."""
-
-    call_id: str
-    progress: Progress
-
-
-@dataclass(frozen=True, slots=True)
-class CancelWork:
-    """Tell the owner of a request to stop."""
-
-    worker_id: str
-    cancel: Cancel
-
-
-@dataclass(frozen=True, slots=True)
-class Hint:
-    """Tell the scheduler that requests of this deployment wait."""
-
-    deployment: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Account:
-    """A request has ended: the facts of its canonical log line. `failure` None: it is complete."""
-
-    request_id: str
-    deployment: str
-    reason: str
-    failure: Failure | None
-    usage: Usage
-    ledger: Ledger
-    claims: int
-    duration_s: float
-    queue_s: float | None
-    ttft_s: float | None
-
-
-Action = (
-    Publish | Unqueue | AnswerClaim | Deliver | Conclude | Fail | Inform | CancelWork | Hint | Account
-)  # fmt: skip
-
-# -- state ------------------------------------------------------------------------------------------------------------
-
-
-class State(enum.Enum):
-    """Where an open request is. `INTERRUPTED`: its owner was asked to give it back; the next claim resumes it."""
-
-    QUEUED = "queued"
-    STREAMING = "streaming"
-    INTERRUPTED = "interrupted"
-
-
-@dataclass(slots=True, kw_only=True)
-class _Call:
-    call_id: str
-    deployment: str
-    slug: str
-    admitted_at: float
-    deadline_at: float
-    stream: bool
-    open: dict[str, _Live] = field(default_factory=dict)
-
-
-@dataclass(slots=True, kw_only=True)
-class _Live:
-    call: _Call
-    choice: int
-    request: Request
-    state: State = State.QUEUED
-    attempt: int = 0
-    publishing: bool = True
-    sequence: int | None = None
-    epoch: int = 0
-    delivery: int = 0
-    worker_id: str = ""
-    tokens: list[int] = field(default_factory=list)
-    claims: int = 0
-    recoveries: int = 0
-    republished: int = 0
-    quiet_s: float = 0.0
-    quiet_at: float = 0.0
-    heard_at: float = 0.0
-    reminded_at: float = 0.0
-    claimed_at: float | None = None
-    first_at: float | None = None
-    frame_at: float = 0.0
-
-
-@dataclass(slots=True)
-class _Leaving:
-    worker_id: str
-    epoch: int
-    since: float
-    reminded_at: float
-
-
 class _Timer(enum.Enum):
     BUDGET = 0
-    QUIET = 1
+    CHECK = 1
     RECLAIM = 2
     HINT = 3
+    PUBLISH = 4
 
+
+_Alarm = tuple[float, int, _Timer, str]
 
 # A worker that gave a request up because it was told to, or because it lost it: nothing that a client should hear.
-_OWNERS_BUSINESS = (Code.CANCELLED, Code.STALE_EPOCH)
-GONE = Gone(reason="Nobody waits for this request any more.")
+_OWNERS_BUSINESS: Final = (Code.CANCELLED, Code.STALE_EPOCH)
 
 
 class GatewayCore:
@@ -328,18 +131,17 @@ class GatewayCore:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._calls: dict[str, _Call] = {}
-        self._live: dict[str, _Live] = {}
+        self._calls: dict[str, Call] = {}
+        self._live: dict[str, Live] = {}
         self._open_by_slug: dict[str, int] = {}
-        # Calls that stream and have nothing yet, by slug: those who want to hear about a cold start.
-        self._waiting: dict[str, dict[str, _Call]] = {}
-        self._progress: dict[str, tuple[Progress, float]] = {}
-        self._informed: dict[str, float] = {}
+        self._waiting = Waiting(inform_s=config.inform_s, fresh_s=config.progress_fresh_s)
         self._hinted: dict[str, float] = {}
         self._hint_owed: dict[str, str] = {}
-        # Requests that ended here while a worker had them, oldest first: who goes on is told again.
-        self._leaving: dict[str, _Leaving] = {}
-        self._timers: list[tuple[float, int, _Timer, str, int]] = []
+        self._watch = Watch(check_s=config.check_s, lost_after_s=config.lost_after_s, quiet_s=config.quiet_s)
+        self._suspects = Suspects(most=config.max_deliveries, proof_s=config.proof_s)
+        self._reminders = Reminders(config.remind_s)
+        self._bus_away = False
+        self._timers: list[_Alarm] = []
         self._timer_count = 0
         self._admitted = 0
         self._ended = 0
@@ -358,11 +160,7 @@ class GatewayCore:
             case None:
                 self._time(now, out)
             case FramesArrived(batch=batch):
-                for item in batch.items:
-                    if isinstance(item, Frame):
-                        self._frame(item, now, out)
-                    else:
-                        self._end(item, now, out)
+                self._frames(batch, now, out)
             case Admitted():
                 self._admit(event, now, out)
             case Published(request_id=request_id, attempt=attempt, sequence=sequence):
@@ -371,12 +169,18 @@ class GatewayCore:
                 self._publish_failed(request_id, attempt, failure, now, out)
             case ClaimAsked(claim=claim, reply=reply):
                 out.append(AnswerClaim(reply, self._claim(claim, now, out)))
+            case HoldsAsked(holds=holds, reply=reply):
+                out.append(AnswerHolds(reply, self._holds(holds, now, out)))
+            case OwnerChecked():
+                self._checked(event, now, out)
+            case MessageFound(request_id=request_id, sequence=sequence, found=found):
+                self._message_found(request_id, sequence, found, now, out)
             case ClientLeft(call_id=call_id):
                 call = self._calls.get(call_id)
                 if call is not None:
                     self._end_call(call, Failure(code=Code.CANCELLED, message="The client left."), now, out)
             case ProgressArrived(progress=progress):
-                self._progressed(progress, now, out)
+                out.extend(self._waiting.progressed(progress, now))
             case DeploymentGone(deployment=deployment):
                 gone = Failure(code=Code.UNKNOWN_MODEL, message=f"The model {deployment!r} was deleted.", param="model")
                 for call in [call for call in self._calls.values() if call.deployment == deployment]:
@@ -385,12 +189,12 @@ class GatewayCore:
                 for call in [call for call in self._calls.values() if call.deployment == deployment]:
                     if any(live.state is not State.STREAMING for live in call.open.values()):
                         self._fail_call(call, failure, now, out)
+            case Disconnected():
+                self._bus_away = True
             case Reconnected():
-                for live in self._live.values():
-                    if live.state is State.STREAMING:
-                        live.quiet_s = self._config.reconnect_quiet_s
-                        live.heard_at = now
-                        self._watch(live, now)
+                self._bus_away = False
+                for owner in self._watch.begin_anew(now, now + self._config.settle_s):
+                    self._arm(owner.check_at, _Timer.CHECK, owner.worker_id)
             case Closing(failure=failure):
                 for call in list(self._calls.values()):
                     self._fail_call(call, failure, now, out)
@@ -418,19 +222,24 @@ class GatewayCore:
             by_slug[call.slug] = by_slug.get(call.slug, 0) + len(call.open)
         assert by_slug == self._open_by_slug
         assert sum(by_slug.values()) == len(self._live)
+        streaming = 0
         for request_id, live in self._live.items():
-            assert live.request.request_id == request_id
+            assert live.request_id == request_id
             assert (live.epoch == 0) == (live.worker_id == ""), "an owner has an epoch and an epoch an owner"
-            assert live.state is not State.STREAMING or live.epoch > 0
+            assert live.epoch >= live.claims, "an epoch was given twice"
             assert not live.tokens or live.first_at is not None
-            assert request_id not in self._leaving, "an open request is not leaving"
-        for slug, calls in self._waiting.items():
-            assert calls, "nobody is kept at zero"
-            for call_id, call in calls.items():
-                assert self._calls[call_id] is call
-                assert call.stream
-                assert call.slug == slug
-                assert all(live.first_at is None for live in call.open.values())
+            if live.state is State.STREAMING:
+                streaming += 1
+                assert live.epoch > 0
+                assert not live.returned, "a request has an owner while its message is in the queue"
+                assert self._watch.owners[live.worker_id].open[request_id] is live, "an owner that nobody watches"
+        assert sum(len(owner.open) for owner in self._watch.owners.values()) == streaming
+        self._watch.check()
+        assert all(request_id in self._live for request_id in self._suspects.known()), "a suspect that has ended"
+        for call in self._waiting.calls():
+            assert self._calls[call.call_id] is call
+            assert call.stream
+            assert all(live.first_at is None for live in call.open.values())
 
     # -- in -----------------------------------------------------------------------------------------------------------
 
@@ -446,7 +255,7 @@ class GatewayCore:
             for request in event.requests:
                 out.append(_refused(request, failure))
             return
-        call = _Call(
+        call = Call(
             call_id=event.call_id,
             deployment=event.deployment,
             slug=event.slug,
@@ -455,39 +264,41 @@ class GatewayCore:
             stream=event.stream,
         )
         self._calls[call.call_id] = call
-        self._arm(call.deadline_at, _Timer.BUDGET, call.call_id, 0)
+        self._arm(call.deadline_at, _Timer.BUDGET, call.call_id)
         for choice, request in enumerate(event.requests):
-            live = _Live(call=call, choice=choice, request=request)
+            live = Live(call=call, choice=choice, request=request)
             call.open[request.request_id] = live
             self._live[request.request_id] = live
             out.append(Publish(call.slug, request, 0))
         self._admitted += count
         self._open_by_slug[call.slug] = open_now + count
         if call.stream:
-            self._waiting.setdefault(call.slug, {})[call.call_id] = call
-            known = self._progress.get(call.slug)
-            if known is not None and now - known[1] <= self._config.progress_fresh_s:
-                out.append(Inform(call.call_id, known[0]))
+            out.extend(self._waiting.add(call, now))
 
     def _published(self, request_id: str, attempt: int, sequence: int, now: float, out: list[Action]) -> None:
         live = self._live.get(request_id)
-        if live is None or live.attempt != attempt:
-            out.append(Unqueue(sequence))  # it ended, or was published again, while this was on its way
+        if live is None or live.attempt != attempt or live.sequence not in (None, sequence):
+            # It ended, or was published again, or was claimed by another message while this was on its way.
+            out.append(Unqueue(sequence))
             return
-        live.publishing = False
         live.sequence = sequence
+        live.publish_tries = 0
         if live.state is State.QUEUED:
             self._hint(live.call, now, out)
 
     def _publish_failed(self, request_id: str, attempt: int, failure: Failure, now: float, out: list[Action]) -> None:
         live = self._live.get(request_id)
-        if live is None or live.attempt != attempt:
-            return
-        live.publishing = False
-        if live.state is State.QUEUED:  # otherwise a worker has it: only the confirmation was lost
+        if live is None or live.attempt != attempt or live.state is not State.QUEUED:
+            return  # otherwise a worker has it: only the confirmation was lost
+        if not live.epoch:
             self._fail_call(live.call, failure, now, out)
+            return
+        # It has begun, and its client is not to suffer for a queue that is away for a moment.
+        live.publish_tries += 1
+        live.publish_at = now + delay_s(live.publish_tries, first_s=0.5, most_s=5.0)
+        self._arm(live.publish_at, _Timer.PUBLISH, request_id)
 
-    def _hint(self, call: _Call, now: float, out: list[Action]) -> None:
+    def _hint(self, call: Call, now: float, out: list[Action]) -> None:
         last = self._hinted.get(call.slug)
         if last is None or now - last >= self._config.hint_s:
             if len(self._hinted) > 4096:
@@ -496,9 +307,12 @@ class GatewayCore:
             out.append(Hint(call.deployment))
         elif call.slug not in self._hint_owed:
             self._hint_owed[call.slug] = call.deployment
-            self._arm(last + self._config.hint_s, _Timer.HINT, call.slug, 0)
+            self._arm(last + self._config.hint_s, _Timer.HINT, call.slug)
+
+    # -- owners -------------------------------------------------------------------------------------------------------
 
     def _claim(self, claim: Claim, now: float, out: list[Action]) -> Claimed | Gone | Failure:
+        self._watch.alive(claim.worker_id)
         live = self._live.get(claim.request_id)
         if live is None:
             return GONE
@@ -506,28 +320,28 @@ class GatewayCore:
         if now >= call.deadline_at:
             self._fail_call(call, _overdue(now - call.admitted_at), now, out)
             return GONE
-        if claim.delivery < live.delivery and live.state is State.STREAMING:
-            # `Gone` would acknowledge the queue's message, which is the later owner's safety net.
-            return Failure(code=Code.STALE_EPOCH, message="A later delivery of this request was claimed already.")
-        # A delivery that nobody claimed is no try, nor is a claim whose answer was lost: each counts in one of the two.
-        tries = min(claim.delivery, live.claims + 1)
-        if tries > self._config.max_deliveries:
-            message = f"The request was lost {tries - 1} times with its worker and is not tried again."
-            live.state = State.QUEUED  # nobody has it, so nobody needs to be told
-            self._fail_call(call, Failure(code=Code.WORKER_LOST, message=message), now, out)
-            return GONE
-        if live.epoch and (claim.delivery > live.delivery or live.state is not State.STREAMING):
-            live.recoveries += 1
-        live.epoch += 1
-        live.claims += 1
-        live.worker_id = claim.worker_id
-        live.delivery = claim.delivery
-        live.state = State.STREAMING
-        live.heard_at = now
-        live.quiet_s = self._config.prefill_quiet_s
-        if live.claimed_at is None:
-            live.claimed_at = now
-        self._watch(live, now)
+        kind = judge(live, claim)
+        if not isinstance(kind, Grant):
+            return kind
+        if kind is not Grant.AGAIN:
+            held_s = now - live.owned_at
+            if live.state is State.STREAMING and (kind is Grant.RECOVERY or held_s >= self._config.proof_s):
+                self._suspects.stopped(call.slug, live.request_id, held_s)
+            if kind in (Grant.FIRST, Grant.RECOVERY):
+                if live.recoveries >= self._config.max_recoveries:
+                    message = f"The request was resumed {live.recoveries} times and is not resumed again."
+                    self._leave_owner(live, now)
+                    self._fail_call(call, Failure(code=Code.WORKER_LOST, message=message), now, out)
+                    return GONE
+                if not self._suspects.may_try(call.slug, live.request_id, now):
+                    return _on_trial(self._suspects.losses(live.request_id))
+            if kind is Grant.RECOVERY and live.lost_at is None:
+                live.lost_at = now
+            self._leave_owner(live, now)
+            grant(live, claim, kind, now)
+            owner = self._watch.add(live, now)
+            if owner is not None:
+                self._arm(owner.check_at, _Timer.CHECK, owner.worker_id)
         return Claimed(
             epoch=live.epoch,
             budget_s=call.deadline_at - now,
@@ -535,110 +349,328 @@ class GatewayCore:
             token_ids=tuple(live.tokens),
         )
 
-    def _frame(self, frame: Frame, now: float, out: list[Action]) -> None:
+    def _leave_owner(self, live: Live, now: float) -> None:
+        """The owner until now has nothing to say any more; that is no loss by itself."""
+        if live.state is State.STREAMING:
+            self._watch.remove(live)
+            live.state = State.INTERRUPTED
+
+    def _holds(self, holds: Holds, now: float, out: list[Action]) -> Unwanted:
+        self._watch.alive(holds.worker_id)
+        ended: list[str] = []
+        superseded: list[str] = []
+        for held in holds.requests:
+            live = self._live.get(held.request_id)
+            if live is None:
+                ended.append(held.request_id)
+            elif held.epoch < 1:
+                continue  # it is about to claim
+            elif (held.epoch, holds.worker_id) != (live.epoch, live.worker_id) or live.returned:
+                superseded.append(held.request_id)
+            elif live.state is State.STREAMING:
+                self._vouched(live, held.index, now, out)
+            elif live.state is State.INTERRUPTED:
+                self._ask_back(live, now, out)  # it has not heard it
+            else:
+                superseded.append(held.request_id)
+        return Unwanted(ended=tuple(ended), superseded=tuple(superseded))
+
+    def _look_at(self, owner: Owner, now: float, out: list[Action]) -> None:
+        look = self._watch.look(owner, now)
+        if look.lost:
+            self._lose(owner.worker_id, list(owner.open.values()), "silent", now, out)
+            return
+        self._arm(owner.check_at, _Timer.CHECK, owner.worker_id)
+        if look.quiet:
+            self._lose(owner.worker_id, look.quiet, "silent", now, out)
+        if look.ask:
+            asked = tuple(
+                Owned(request_id=live.request_id, epoch=live.epoch, index=len(live.tokens)) for live in look.ask
+            )
+            out.append(CheckOwner(owner.worker_id, asked))
+
+    def _checked(self, event: OwnerChecked, now: float, out: list[Action]) -> None:
+        owner = self._watch.owners.get(event.worker_id)
+        asked_at = owner.asked_at if owner is not None else None
+        if owner is None or asked_at is None or self._bus_away:
+            if owner is not None:
+                owner.asked_at = None
+            return  # it has nothing of ours any more, or the bus was away meanwhile
+        owner.asked_at = None
+        answer = event.answer
+        if isinstance(answer, Failure):
+            if event.unserved:
+                # What it claimed since it was asked, it claimed alive.
+                lost = [live for live in owner.open.values() if live.token and live.owned_at <= asked_at]
+                self._lose(event.worker_id, lost, "unserved", now, out)
+            return
+        self._watch.alive(event.worker_id)
+        running = {(held.request_id, held.epoch): held.index for held in answer.requests}
+        denied = []
+        for one in event.asked:
+            live = owner.open.get(one.request_id)
+            if live is None or live.epoch != one.epoch:
+                continue
+            index = running.get((one.request_id, one.epoch))
+            if index is not None:
+                self._vouched(live, index, now, out)
+            elif live.heard_at <= asked_at and now - live.owned_at >= self._config.settle_s:
+                # (The answer to a claim may be on its way for a while, and frames may have overtaken this answer.)
+                denied.append(live)
+        self._lose(event.worker_id, denied, "denied", now, out)
+
+    def _vouched(self, live: Live, index: int, now: float, out: list[Action]) -> None:
+        """The owner says that it runs the request and has sent `index` tokens of it."""
+        live.heard_at = now
+        if index <= len(live.tokens):
+            live.ahead = False
+        elif live.ahead:  # for the second time, and no frame in between: they are lost
+            self._interrupt(live, now, out)
+        else:
+            live.ahead = True
+
+    def _lose(self, worker_id: str, lives: Iterable[Live], how: str, now: float, out: list[Action]) -> None:
+        """These requests have lost their owner: give their messages back to the queue, at once."""
+        lost = list(lives)
+        if lost:
+            out.append(OwnerLost(worker_id, how, len(lost)))
+        for live in lost:
+            if live.state is not State.STREAMING or self._live.get(live.request_id) is not live:
+                continue  # it ended with a sibling that was lost before it
+            self._stop(live, now)
+            if self._guilty(live, now, out):
+                continue
+            live.returned = True
+            if live.acknowledged:
+                self._republish(live, now, out)  # an owner before this one has taken its message away
+                continue
+            if live.token:
+                out.append(GiveBack(live.token))
+            self._await_claim(live, now, out)
+
+    def _stop(self, live: Live, now: float) -> None:
+        self._leave_owner(live, now)
+        live.looks = 0
+        if live.lost_at is None:
+            live.lost_at = now
+
+    def _guilty(self, live: Live, now: float, out: list[Action]) -> bool:
+        """Its owner died; whether it was one too many."""
+        if not self._suspects.lost(live.call.slug, live.request_id, now - live.owned_at):
+            return False
+        message = (
+            f"{self._config.max_deliveries} workers in a row ended within {self._config.proof_s:.0f} s of taking this "
+            "request; it is not tried again."
+        )
+        self._fail_call(live.call, Failure(code=Code.WORKER_LOST, message=message), now, out)
+        return True
+
+    def _given_back(self, worker_id: str, back: GivenBack, now: float, out: list[Action]) -> None:
+        live = self._live.get(back.request_id)
+        if live is None or back.epoch != live.epoch or live.state is State.QUEUED or live.returned:
+            return
+        was_streaming = live.state is State.STREAMING
+        held_s = now - live.owned_at
+        self._stop(live, now)
+        live.returned = True
+        if back.fault and was_streaming:
+            out.append(OwnerLost(worker_id, "fault", 1))
+            if self._guilty(live, now, out):
+                return
+        else:
+            self._suspects.stopped(live.call.slug, live.request_id, held_s)
+        self._arm_reclaim(live, now)
+
+    def _interrupt(self, live: Live, now: float, out: list[Action]) -> None:
+        """Frames are lost: the owner shall give the request back, and the next claim resumes it."""
+        self._suspects.stopped(live.call.slug, live.request_id, now - live.owned_at)
+        self._stop(live, now)
+        self._ask_back(live, now, out)
+        self._arm_reclaim(live, now)
+
+    def _ask_back(self, live: Live, now: float, out: list[Action]) -> None:
+        if self._reminders.due(live.request_id, live.epoch, now):
+            cancel = Cancel(request_id=live.request_id, epoch=live.epoch, requeue=True)
+            out.append(CancelWork(live.worker_id, cancel))
+
+    def _await_claim(self, live: Live, now: float, out: list[Action]) -> None:
+        """The message should be in the queue: look whether it is, and again later."""
+        if live.sequence is not None:
+            out.append(FindMessage(live.request_id, live.sequence))
+        self._arm_reclaim(live, now)
+
+    def _arm_reclaim(self, live: Live, now: float) -> None:
+        config = self._config
+        live.looks += 1
+        live.reclaim_at = now + delay_s(live.looks, first_s=config.reclaim_s, most_s=config.reclaim_most_s)
+        self._arm(live.reclaim_at, _Timer.RECLAIM, live.request_id)
+
+    def _unclaimed(self, live: Live, now: float, out: list[Action]) -> None:
+        """Nobody has claimed an interrupted request for a while."""
+        if not live.returned and live.token:
+            # Its owner was asked for it, and has not heard it, or cannot: then without it.
+            live.returned = True
+            out.append(GiveBack(live.token))
+            self._supersede(live.worker_id, live.request_id, live.epoch, now, out)
+        if live.sequence is None:
+            self._republish(live, now, out)
+        else:
+            self._await_claim(live, now, out)
+
+    def _message_found(self, request_id: str, sequence: int, found: bool | None, now: float, out: list[Action]) -> None:
+        live = self._live.get(request_id)
+        if found is not False or live is None or live.sequence != sequence or live.state is not State.INTERRUPTED:
+            return
+        self._republish(live, now, out)
+
+    def _republish(self, live: Live, now: float, out: list[Action]) -> None:
+        if live.sequence is not None:
+            out.append(Unqueue(live.sequence))
+        self._leave_owner(live, now)
+        self._suspects.stopped(live.call.slug, live.request_id, now - live.owned_at)
+        if live.lost_at is None:
+            live.lost_at = now
+        replace_message(live)
+        out.append(Publish(live.call.slug, live.request, live.attempt))
+
+    # -- frames -------------------------------------------------------------------------------------------------------
+
+    def _frames(self, batch: FrameBatch, now: float, out: list[Action]) -> None:
+        self._watch.alive(batch.worker_id)
+        for item in batch.items:
+            if isinstance(item, Frame):
+                self._frame(batch.worker_id, item, now, out)
+            else:
+                self._end(batch.worker_id, item, now, out)
+        for back in batch.given_back:
+            self._given_back(batch.worker_id, back, now, out)
+
+    def _frame(self, worker_id: str, frame: Frame, now: float, out: list[Action]) -> None:
         live = self._live.get(frame.request_id)
         if live is None:
-            self._remind_leaving(frame.request_id, frame.epoch, now, out)
+            if self._reminders.due(frame.request_id, frame.epoch, now):
+                out.append(CancelWork(worker_id, Cancel(request_id=frame.request_id, epoch=frame.epoch)))
             return
         if frame.epoch != live.epoch or live.state is State.QUEUED:
-            return
-        if live.state is State.INTERRUPTED:
-            if now - live.reminded_at >= self._config.remind_s:
-                self._ask_back(live, now, out)
+            self._supersede(worker_id, frame.request_id, frame.epoch, now, out)
             return
         live.heard_at = now
         have = len(live.tokens)
-        if frame.index != have:
-            if frame.index + len(frame.token_ids) <= have:
-                return  # the same frame twice
-            self._interrupt(live, now, out)
-            return
-        live.tokens.extend(frame.token_ids)
-        live.quiet_s = self._config.quiet_s
-        gap_s = None if live.first_at is None else now - live.frame_at
-        if live.first_at is None:
-            live.first_at = now
-            # The prefill's timer is far away: watch the decoding from now on.
-            self._watch(live, now)
-            if live.call.stream:
-                self._stop_waiting(live.call)
-        live.frame_at = now
-        out.append(Deliver(live.call.call_id, live.choice, frame, gap_s))
+        if frame.index == have:
+            live.tokens.extend(frame.token_ids)
+            live.ahead = False
+            live.republished = 0
+            gap_s = None if live.first_at is None else now - live.frame_at
+            self._resumed(live, now, out)
+            if live.first_at is None:
+                live.first_at = now
+                self._waiting.remove(live.call)
+            live.frame_at = now
+            out.append(Deliver(live.call.call_id, live.choice, frame, gap_s))
+        if live.state is State.INTERRUPTED:
+            # It was given up too early, or has a gap. What it says in order is true, but the next owner is on its way.
+            if live.returned:
+                self._supersede(worker_id, frame.request_id, frame.epoch, now, out)
+            else:
+                self._ask_back(live, now, out)
+        elif frame.index > have or frame.index < have < frame.index + len(frame.token_ids):
+            self._interrupt(live, now, out)  # (a frame that lies behind `have` altogether came twice)
 
-    def _end(self, end: End, now: float, out: list[Action]) -> None:
-        self._leaving.pop(end.request_id, None)
+    def _supersede(self, worker_id: str, request_id: str, epoch: int, now: float, out: list[Action]) -> None:
+        if self._reminders.due(request_id, epoch, now):
+            out.append(CancelWork(worker_id, Cancel(request_id=request_id, epoch=epoch, superseded=True)))
+
+    def _resumed(self, live: Live, now: float, out: list[Action]) -> None:
+        if live.resuming is None:
+            return
+        pause_s = None if live.first_at is None else now - live.frame_at
+        live.pause_s = max(live.pause_s, pause_s or 0.0)
+        out.append(
+            Resumed(
+                request_id=live.request_id,
+                deployment=live.call.deployment,
+                worker_id=live.worker_id,
+                epoch=live.epoch,
+                how=live.resuming.value,
+                tokens=len(live.tokens),
+                pause_s=pause_s,
+                noticed_s=None if live.lost_at is None else now - live.lost_at,
+            )
+        )
+        live.resuming = None
+        live.lost_at = None
+
+    def _end(self, worker_id: str, end: End, now: float, out: list[Action]) -> None:
         live = self._live.get(end.request_id)
-        if live is None or end.epoch != live.epoch or live.state is State.QUEUED:
+        if live is None:
+            return
+        if end.epoch != live.epoch or live.state is State.QUEUED:
+            # Who ends a request acknowledges its message, which may be the present owner's safety net.
+            live.acknowledged = live.acknowledged or end.epoch >= live.since_epoch
+            self._supersede(worker_id, end.request_id, end.epoch, now, out)
             return
         call = live.call
         if end.failure is not None and end.failure.code not in _OWNERS_BUSINESS:
             self._forget(live)
+            self._unqueue_returned(live, out)
             out.append(self._account(live, end.failure.code.value, end.failure, end, now))
             self._fail_call(call, end.failure, now, out)
             return
         reason = end.reason
         if end.index != len(live.tokens) or reason is None:
             # Frames are missing, and the worker has acknowledged the queue's message: only a new one can help.
+            if live.republished >= self._config.max_republished:
+                message = f"The request was published {live.republished + 1} times and its end was lost each time."
+                self._fail_call(call, Failure(code=Code.WORKER_LOST, message=message), now, out)
+                return
+            live.republished += 1
             self._republish(live, now, out)
             return
-        if live.recoveries > end.ledger.recoveries:
-            ledger = msgspec.structs.replace(end.ledger, recoveries=live.recoveries)
-            end = msgspec.structs.replace(end, ledger=ledger)
+        self._resumed(live, now, out)
+        end = msgspec.structs.replace(end, ledger=_with_owners(live, end.ledger))
         self._forget(live)
+        self._unqueue_returned(live, out)
         out.append(Conclude(call.call_id, live.choice, end))
         out.append(self._account(live, reason.value, None, end, now))
 
-    def _progressed(self, message: LoadProgress, now: float, out: list[Action]) -> None:
-        slug, progress = message.deployment, message.progress
-        if slug not in self._progress and len(self._progress) >= 4096:
-            self._progress.clear()
-            self._informed.clear()
-        before = self._progress.get(slug)
-        self._progress[slug] = (progress, now)
-        waiting = self._waiting.get(slug)
-        if not waiting:
-            return
-        # At most five comments a second and stream, and fewer when very many wait.
-        interval = max(self._config.inform_s, len(waiting) / 1000)
-        same_phase = before is not None and before[0].phase == progress.phase
-        if same_phase and now - self._informed.get(slug, -interval) < interval:
-            return
-        self._informed[slug] = now
-        out.extend(Inform(call_id, progress) for call_id in waiting)
+    def _unqueue_returned(self, live: Live, out: list[Action]) -> None:
+        """A late end of a request that was given back: nobody needs to be handed it any more."""
+        if live.returned and live.sequence is not None:
+            out.append(Unqueue(live.sequence))
 
     # -- time ---------------------------------------------------------------------------------------------------------
 
-    def _arm(self, at: float, kind: _Timer, key: str, epoch: int) -> None:
+    def _arm(self, at: float, kind: _Timer, key: str) -> None:
         self._timer_count += 1
-        heapq.heappush(self._timers, (at, self._timer_count, kind, key, epoch))
+        heapq.heappush(self._timers, (at, self._timer_count, kind, key))
         if len(self._timers) > 64 + 6 * len(self._live):  # most are of ended requests: drop those
             self._timers = [timer for timer in self._timers if self._wanted(timer)]
             heapq.heapify(self._timers)
 
-    def _watch(self, live: _Live, now: float) -> None:
-        """Look at this owner again when it has been silent for too long; one timer counts, the latest."""
-        live.quiet_at = max(now, live.heard_at + live.quiet_s)
-        self._arm(live.quiet_at, _Timer.QUIET, live.request.request_id, live.epoch)
-
-    def _wanted(self, timer: tuple[float, int, _Timer, str, int]) -> bool:
-        at, _, kind, key, epoch = timer
-        if kind is _Timer.BUDGET:
-            return key in self._calls
-        if kind is _Timer.HINT:
-            return key in self._hint_owed
-        live = self._live.get(key)
-        if live is None or live.epoch != epoch:
-            return False
-        if kind is _Timer.QUIET:
-            return live.state is State.STREAMING and live.quiet_at == at
-        return live.state is State.INTERRUPTED
+    def _wanted(self, timer: _Alarm) -> bool:
+        at, _, kind, key = timer
+        match kind:
+            case _Timer.BUDGET:
+                return key in self._calls
+            case _Timer.HINT:
+                return key in self._hint_owed
+            case _Timer.CHECK:
+                owner = self._watch.owners.get(key)
+                return owner is not None and owner.check_at == at and not self._bus_away
+            case _Timer.RECLAIM:
+                live = self._live.get(key)
+                return live is not None and live.state is State.INTERRUPTED and live.reclaim_at == at
+            case _Timer.PUBLISH:
+                live = self._live.get(key)
+                return live is not None and live.state is State.QUEUED and live.publish_at == at
+        assert_never(kind)
 
     def _time(self, now: float, out: list[Action]) -> None:
         while self._timers and self._timers[0][0] <= now:
             timer = heapq.heappop(self._timers)
             if not self._wanted(timer):
                 continue
-            _, _, kind, key, _ = timer
+            _, _, kind, key = timer
             match kind:
                 case _Timer.BUDGET:
                     call = self._calls[key]
@@ -646,85 +678,49 @@ class GatewayCore:
                 case _Timer.HINT:
                     self._hinted[key] = now
                     out.append(Hint(self._hint_owed.pop(key)))
-                case _Timer.QUIET:
-                    live = self._live[key]
-                    if live.heard_at + live.quiet_s <= now:
-                        self._interrupt(live, now, out)
-                    else:
-                        self._watch(live, now)
+                case _Timer.CHECK:
+                    self._look_at(self._watch.owners[key], now, out)
                 case _Timer.RECLAIM:
-                    self._republish(self._live[key], now, out)
+                    self._unclaimed(self._live[key], now, out)
+                case _Timer.PUBLISH:
+                    live = self._live[key]
+                    live.publish_at = 0.0
+                    live.attempt += 1
+                    out.append(Publish(live.call.slug, live.request, live.attempt))
                 case _:
                     assert_never(kind)
 
-    # -- recovery -----------------------------------------------------------------------------------------------------
-
-    def _interrupt(self, live: _Live, now: float, out: list[Action]) -> None:
-        live.state = State.INTERRUPTED
-        self._ask_back(live, now, out)
-        self._arm(now + self._config.reclaim_s, _Timer.RECLAIM, live.request.request_id, live.epoch)
-
-    def _ask_back(self, live: _Live, now: float, out: list[Action]) -> None:
-        live.reminded_at = now
-        cancel = Cancel(request_id=live.request.request_id, epoch=live.epoch, requeue=True)
-        out.append(CancelWork(live.worker_id, cancel))
-
-    def _republish(self, live: _Live, now: float, out: list[Action]) -> None:
-        if live.republished >= self._config.max_republished:
-            message = f"The request was published {live.republished + 1} times and its end was lost each time."
-            self._fail_call(live.call, Failure(code=Code.WORKER_LOST, message=message), now, out)
-            return
-        if live.sequence is not None:
-            out.append(Unqueue(live.sequence))
-        live.republished += 1
-        live.attempt += 1
-        live.sequence = None
-        live.publishing = True
-        live.state = State.QUEUED
-        live.delivery = 0
-        live.epoch += 1  # the owner until now has nothing to say any more
-        out.append(Publish(live.call.slug, live.request, live.attempt))
-
-    def _remind_leaving(self, request_id: str, epoch: int, now: float, out: list[Action]) -> None:
-        leaving = self._leaving.get(request_id)
-        if leaving is None or epoch != leaving.epoch or now - leaving.reminded_at < self._config.remind_s:
-            return
-        leaving.reminded_at = now
-        out.append(CancelWork(leaving.worker_id, Cancel(request_id=request_id, epoch=leaving.epoch)))
-
     # -- out ----------------------------------------------------------------------------------------------------------
 
-    def _fail_call(self, call: _Call, failure: Failure, now: float, out: list[Action]) -> None:
+    def _fail_call(self, call: Call, failure: Failure, now: float, out: list[Action]) -> None:
         out.append(Fail(call.call_id, failure))
         self._end_call(call, failure, now, out)
 
-    def _end_call(self, call: _Call, failure: Failure, now: float, out: list[Action]) -> None:
+    def _end_call(self, call: Call, failure: Failure, now: float, out: list[Action]) -> None:
         for live in list(call.open.values()):
             self._forget(live)
             self._release(live, now, out)
             out.append(self._account(live, failure.code.value, failure, None, now))
         self._close(call)
 
-    def _release(self, live: _Live, now: float, out: list[Action]) -> None:
+    def _release(self, live: Live, now: float, out: list[Action]) -> None:
         """Nobody wants this request any more: out of the queue with it, and its owner shall stop."""
-        if live.state is not State.STREAMING and live.sequence is not None:
+        if live.state is State.STREAMING and live.token:
+            out.append(Settle(live.token))  # its owner may be dead already
+        elif live.state is not State.STREAMING and live.sequence is not None:
             out.append(Unqueue(live.sequence))
         if live.state is State.QUEUED:
             return
-        request_id = live.request.request_id
-        out.append(CancelWork(live.worker_id, Cancel(request_id=request_id, epoch=live.epoch)))
-        while self._leaving:
-            oldest, leaving = next(iter(self._leaving.items()))
-            if now - leaving.since < self._config.leaving_s and len(self._leaving) < 65_536:
-                break
-            del self._leaving[oldest]
-        self._leaving[request_id] = _Leaving(live.worker_id, live.epoch, now, now)
+        out.append(CancelWork(live.worker_id, Cancel(request_id=live.request_id, epoch=live.epoch)))
+        self._reminders.told(live.request_id, live.epoch, now)
 
-    def _forget(self, live: _Live) -> None:
+    def _forget(self, live: Live) -> None:
         call = live.call
-        request_id = live.request.request_id
-        del call.open[request_id]
-        del self._live[request_id]
+        del call.open[live.request_id]
+        del self._live[live.request_id]
+        if live.state is State.STREAMING:
+            self._watch.remove(live)
+        self._suspects.forget(call.slug, live.request_id)
         self._ended += 1
         left = self._open_by_slug[call.slug] - 1
         if left:
@@ -734,29 +730,34 @@ class GatewayCore:
         if not call.open:
             self._close(call)
 
-    def _close(self, call: _Call) -> None:
+    def _close(self, call: Call) -> None:
         self._calls.pop(call.call_id, None)
-        self._stop_waiting(call)
+        self._waiting.remove(call)
 
-    def _stop_waiting(self, call: _Call) -> None:
-        waiting = self._waiting.get(call.slug)
-        if waiting is not None and waiting.pop(call.call_id, None) is not None and not waiting:
-            del self._waiting[call.slug]
-
-    def _account(self, live: _Live, reason: str, failure: Failure | None, end: End | None, now: float) -> Account:
+    def _account(self, live: Live, reason: str, failure: Failure | None, end: End | None, now: float) -> Account:
         call = live.call
         return Account(
-            request_id=live.request.request_id,
+            request_id=live.request_id,
             deployment=call.deployment,
             reason=reason,
             failure=failure,
             usage=Usage(completion_tokens=len(live.tokens)) if end is None else end.usage,
-            ledger=Ledger() if end is None else end.ledger,
+            ledger=_with_owners(live, Ledger() if end is None else end.ledger),
             claims=live.claims,
             duration_s=now - call.admitted_at,
             queue_s=None if live.claimed_at is None else live.claimed_at - call.admitted_at,
             ttft_s=None if live.first_at is None else live.first_at - call.admitted_at,
         )
+
+
+def _with_owners(live: Live, ledger: Ledger) -> Ledger:
+    """A ledger with what the gateway alone knows: how often the owner changed, and what its client noticed of it."""
+    return msgspec.structs.replace(ledger, migrations=live.migrations, recoveries=live.recoveries, pause_s=live.pause_s)
+
+
+def _on_trial(losses: int) -> Failure:
+    message = f"The request has lost {losses} workers; it is tried when no other such request of its model runs."
+    return Failure(code=Code.BUSY, message=message)
 
 
 def _overdue(seconds: float) -> Failure:

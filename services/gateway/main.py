@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Final
 
 from aiohttp import web
 
@@ -14,6 +15,9 @@ from shared.contracts.records import GatewayRecord, Phase
 from shared.lifecycle import Context, run
 from shared.settings import GatewaySettings
 
+# Until a request that was given back and is not claimed is looked for: a claim takes milliseconds where there is room.
+MOST_RECLAIM_S: Final = 2.0
+
 
 async def serve(context: Context[GatewaySettings]) -> None:
     """One whole life of a gateway."""
@@ -23,7 +27,12 @@ async def serve(context: Context[GatewaySettings]) -> None:
 async def serve_checked(context: Context[GatewaySettings], *, check: bool) -> None:
     """The same; with `check`, the core's invariants are asserted after every event (tests)."""
     settings = context.settings
-    config = Config(max_deliveries=settings.max_deliveries, reclaim_s=settings.ack_wait_s + 5.0)
+    config = Config(
+        max_deliveries=settings.max_deliveries,
+        check_s=settings.check_s,
+        lost_after_s=settings.lost_after_s,
+        reclaim_s=min(MOST_RECLAIM_S, settings.ack_wait_s),
+    )
     gateway = Gateway(context, config, check=check)
     context.tasks.create_task(gateway.run(), name="core")
     await gateway.subscribe()

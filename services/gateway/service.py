@@ -11,40 +11,51 @@ import msgspec
 from prometheus_client import Counter, Gauge, Histogram
 
 from services.gateway.buffer import CallBuffer
-from services.gateway.core import (
+from services.gateway.core import Config, GatewayCore
+from services.gateway.events import (
+    LONG,
     Account,
     Action,
     Admitted,
     AnswerClaim,
+    AnswerHolds,
     CancelWork,
+    CheckOwner,
     ClaimAsked,
     ClientLeft,
     Closing,
     Conclude,
-    Config,
     Deliver,
     DeploymentFailed,
     DeploymentGone,
+    Disconnected,
     Event,
     Fail,
+    FindMessage,
     FramesArrived,
-    GatewayCore,
+    GiveBack,
     Hint,
+    HoldsAsked,
     Inform,
+    MessageFound,
+    OwnerChecked,
+    OwnerLost,
     ProgressArrived,
     Publish,
     Published,
     PublishFailed,
     Reconnected,
+    Resumed,
+    Settle,
     Unqueue,
 )
 from services.gateway.openai import Call, expand
-from shared.bus import Bus, Reply
+from shared.bus import Bus, Reply, Unserved
 from shared.codec import CodecError
 from shared.contracts.events import RecordChanged
 from shared.contracts.generation import FrameBatch
 from shared.contracts.records import ClusterView, DeploymentRecord, DeploymentState
-from shared.contracts.requests import Claim, Claimed, Demand, Gone, Request
+from shared.contracts.requests import Check, Claim, Claimed, Demand, Gone, Holds, Request, Unwanted
 from shared.contracts.residency import LoadProgress
 from shared.driver import Driver
 from shared.errors import Code, Failure, HearthError
@@ -52,7 +63,7 @@ from shared.lifecycle import Context
 from shared.metrics import LATENCY_BUCKETS_S
 from shared.registry import Registry, record_kind
 from shared.settings import GatewaySettings
-from shared.subjects import CANCEL, CLAIM, DEMAND, FRAMES, LOAD_PROGRESS, RECORD_CHANGED
+from shared.subjects import CANCEL, CHECK, CLAIM, DEMAND, FRAMES, HOLDS, LOAD_PROGRESS, RECORD_CHANGED
 
 LOOK_INTERVAL_S: Final = 2.0
 
@@ -64,6 +75,22 @@ ENDED: Final = Counter("hearth_gateway_requests", "Requests by how they ended", 
 TOKENS: Final = Counter("hearth_gateway_tokens", "Tokens of requests that ended", ["kind"])
 COLD: Final = Counter("hearth_gateway_cold_starts", "Requests that met a cold start, by tier", ["tier"])
 RECOVERED: Final = Counter("hearth_gateway_recoveries", "Times that a request was resumed by another claim")
+MIGRATED: Final = Counter("hearth_gateway_migrations", "Times that a running request moved to another worker")
+PAUSE: Final = Histogram(
+    "hearth_gateway_pause_seconds",
+    "Last token of an owner to first token of the next, by why it changed",
+    ["how"],
+    buckets=LATENCY_BUCKETS_S,
+)
+RECOVERY: Final = Histogram(
+    "hearth_gateway_recovery_seconds",
+    "Loss of an owner noticed to first token of the next",
+    buckets=LATENCY_BUCKETS_S,
+)
+CHECKS: Final = Counter("hearth_gateway_checks", "Times that a silent worker was asked about its requests")
+LOST: Final = Counter("hearth_gateway_lost_requests", "Requests that lost their owner, by how it was noticed", ["how"])
+LOST_OWNERS: Final = Counter("hearth_gateway_lost_owners", "Owners that were lost, by how it was noticed", ["how"])
+SUPERSEDED: Final = Counter("hearth_gateway_superseded", "Times that a former owner was told to stop")
 OPEN: Final = Gauge("hearth_gateway_open_requests", "Requests that have not ended")
 
 
@@ -79,9 +106,8 @@ class Gateway:
         self.draining = False
         self.subscribed = False
         self._log = context.log
-        self._driver: Driver[Event, Action] = Driver(
-            self.core, tell=self._tell, do=self._do, long=(Publish, Unqueue), check=check
-        )
+        self._event = context.event
+        self._driver: Driver[Event, Action] = Driver(self.core, tell=self._tell, do=self._do, long=LONG, check=check)
         self._buffers: dict[str, CallBuffer] = {}
         self._deployments: dict[str, DeploymentRecord] = {}
         self._registry_answers = False
@@ -96,9 +122,11 @@ class Gateway:
         """Open every subscription; when this returns the server knows them."""
         me = self.gateway_id
         await self.bus.serve(CLAIM, self._claim_asked, gateway_id=me)
+        await self.bus.serve(HOLDS, self._holds_asked, gateway_id=me)
         await self.bus.subscribe(FRAMES, self._frames_arrived, gateway_id=me)
         await self.bus.subscribe(LOAD_PROGRESS, self._progress_arrived, slug="*")
         await self.bus.subscribe(RECORD_CHANGED, self._record_changed, kind=record_kind(DeploymentRecord))
+        self.bus.on_disconnect(self._disconnected)
         self.bus.on_reconnect(self._reconnected)
         await self.bus.flush()
         self.subscribed = True
@@ -260,11 +288,17 @@ class Gateway:
     def _frames_arrived(self, batch: FrameBatch) -> None:
         self._driver.post(FramesArrived(batch))
 
+    def _holds_asked(self, holds: Holds, reply: Reply[Unwanted]) -> None:
+        self._driver.post(HoldsAsked(holds, reply))
+
     def _progress_arrived(self, progress: LoadProgress) -> None:
         self._driver.post(ProgressArrived(progress))
 
     def _record_changed(self, _: RecordChanged) -> None:
         self._look.set()
+
+    def _disconnected(self) -> None:
+        self._driver.post(Disconnected())
 
     def _reconnected(self) -> None:
         self._driver.post(Reconnected())
@@ -288,13 +322,24 @@ class Gateway:
                 self._hand_over(action.call_id, action)
             case AnswerClaim(reply=reply, answer=answer):
                 reply(answer)
+            case AnswerHolds(reply=answer_holds, answer=unwanted):
+                answer_holds(unwanted)
+            case GiveBack(token=token):
+                self.bus.nak(token)
+            case Settle(token=token):
+                self.bus.ack(token)
             case CancelWork(worker_id=worker_id, cancel=cancel):
+                SUPERSEDED.inc(int(cancel.superseded))
                 self.bus.publish(CANCEL, cancel, worker_id=worker_id)
             case Hint(deployment=deployment):
                 self.bus.publish(DEMAND, Demand(deployment=deployment))
+            case OwnerLost():
+                self._lost(action)
+            case Resumed():
+                self._resumed(action)
             case Account():
                 self._account(action)
-            case Publish() | Unqueue():
+            case Publish() | Unqueue() | FindMessage() | CheckOwner():
                 raise AssertionError("carried out by _do")
             case _:
                 assert_never(action)
@@ -318,8 +363,42 @@ class Gateway:
                 except HearthError as error:  # a worker that claims it will hear that it is gone
                     self._log.warning("request.stranded", sequence=sequence, error=error.failure.message)
                 return None
+            case FindMessage(request_id=request_id, sequence=sequence):
+                try:
+                    return MessageFound(request_id, sequence, await self.bus.queued(sequence))
+                except HearthError:
+                    return MessageFound(request_id, sequence, None)
+            case CheckOwner(worker_id=worker_id, requests=requests):
+                CHECKS.inc()
+                try:
+                    running = await self.bus.call(CHECK, Check(requests=requests), worker_id=worker_id)
+                except HearthError as error:
+                    return OwnerChecked(worker_id, requests, error.failure, unserved=isinstance(error, Unserved))
+                return OwnerChecked(worker_id, requests, running)
             case _:
                 raise AssertionError("carried out by _tell")
+
+    def _lost(self, lost: OwnerLost) -> None:
+        LOST_OWNERS.labels(lost.how).inc()
+        LOST.labels(lost.how).inc(lost.requests)
+        name = "worker.lost" if lost.how in ("unserved", "silent") else "request.lost"
+        self._event(name, worker_id=lost.worker_id, how=lost.how, requests=lost.requests)
+
+    def _resumed(self, resumed: Resumed) -> None:
+        if resumed.pause_s is not None:
+            PAUSE.labels(resumed.how).observe(resumed.pause_s)
+        if resumed.noticed_s is not None:
+            RECOVERY.observe(resumed.noticed_s)
+            self._event(
+                "request.recovered",
+                request_id=resumed.request_id,
+                deployment=resumed.deployment,
+                worker_id=resumed.worker_id,
+                epoch=resumed.epoch,
+                tokens=resumed.tokens,
+                recovery_s=round(resumed.noticed_s, 6),
+                pause_s=None if resumed.pause_s is None else round(resumed.pause_s, 6),
+            )
 
     def _account(self, account: Account) -> None:
         ledger, usage = account.ledger, account.usage
@@ -334,8 +413,8 @@ class Gateway:
             TTFT.labels("true" if ledger.cold else "false").observe(account.ttft_s)
         if ledger.cold:
             COLD.labels(ledger.tier).inc()
-        if ledger.recoveries:
-            RECOVERED.inc(ledger.recoveries)
+        RECOVERED.inc(ledger.recoveries)
+        MIGRATED.inc(ledger.migrations)
         facts: dict[str, Any] = {
             "request_id": account.request_id,
             "deployment": account.deployment,
@@ -349,6 +428,9 @@ class Gateway:
             "cold": ledger.cold,
             "tier": ledger.tier,
             "claims": account.claims,
+            "migrations": ledger.migrations,
+            "recoveries": ledger.recoveries,
+            "pause_s": round(ledger.pause_s, 6),
         }
         # What is wrong with a request may be said in its own words, and those are never logged.
         if account.failure is not None and account.failure.code is not Code.INVALID_REQUEST:
