@@ -15,16 +15,27 @@ from services.worker.main import work
 from services.worker.null_engine import NullLoader, NullStepper, NullTokenizer
 from services.worker.ports import UNWATCHED, AttachTimes, EngineEvent, LoadWatch, Sink
 from services.worker.service import Leases, NoLeases
-from shared.bus import Bus, Reply
+from shared.bus import Bus, Reply, Subscription
 from shared.contracts.generation import End, Frame, FrameBatch
 from shared.contracts.placement import LoadReplica, StopReplica
 from shared.contracts.records import ReplicaRecord, ReplicaState
-from shared.contracts.requests import Cancel, Claim, Claimed, Gone, Request, Sampling, TextPrompt
+from shared.contracts.requests import (
+    Cancel,
+    Claim,
+    Claimed,
+    Gone,
+    Holds,
+    Request,
+    Sampling,
+    TextPrompt,
+    Unwanted,
+)
 from shared.contracts.residency import Lease, Source
+from shared.errors import Code, Failure
 from shared.lifecycle import Context, run_service
 from shared.registry import Registry
 from shared.settings import WorkerSettings
-from shared.subjects import CANCEL, CLAIM, FRAMES, LOAD, STOP
+from shared.subjects import CANCEL, CLAIM, FRAMES, HOLDS, LOAD, STOP
 
 SLUG = "demo-00000000"
 PATTERN = "hearth "
@@ -98,17 +109,34 @@ class Gateway:
         self.ends: dict[str, list[End]] = {}
         self.workers: dict[str, list[str]] = {}
         self.gone: set[str] = set()
+        self.held: list[Holds] = []
+        self._open: list[Subscription] = []
         self.changed = asyncio.Event()
 
     async def open(self) -> None:
-        await self.bus.serve(CLAIM, self._claim, gateway_id=self.id)
-        await self.bus.subscribe(FRAMES, self._frames, gateway_id=self.id)
+        self._open = [
+            await self.bus.serve(CLAIM, self._claim, gateway_id=self.id),
+            await self.bus.subscribe(FRAMES, self._frames, gateway_id=self.id),
+            await self.bus.serve(HOLDS, self._holds, gateway_id=self.id),
+        ]
         await self.bus.flush()
+
+    async def die(self) -> None:
+        """Nobody serves its subjects any more."""
+        for subscription in self._open:
+            await subscription.close()
+
+    def _holds(self, message: Holds, reply: Reply[Unwanted]) -> None:
+        self.held.append(message)
+        reply(Unwanted())
 
     def _claim(self, message: Claim, reply: Reply[Any]) -> None:
         id = message.request_id
         if id in self.gone or id in self.ends:
             reply(Gone(reason="the client left"))
+            return
+        if message.after_epoch not in (-1, self.epochs.get(id, 0)):
+            reply(Failure(code=Code.STALE_EPOCH, message="It is somebody else's."))
             return
         self.epochs[id] = self.epochs.get(id, 0) + 1
         self.workers.setdefault(id, []).append(message.worker_id)
