@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,35 @@ class Fleet(Cluster):
     def until_ready(self, timeout_s: float = 90.0) -> None:
         """Wait until everything is there again."""
         self.until(self.ready, "everything is ready again", timeout_s)
+
+    def mend(self, timeout_s: float = 120.0) -> None:
+        """Heal every link, let go on what was stopped, start again what has ended; wait until ready."""
+        for link in self.links.values():
+            link.heal()
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.send_signal(signal.SIGCONT)
+        for name in self.services:
+            if not self.running(name):
+                self.start(name)
+        self.until_ready(timeout_s)
+        self.until(self.spread, "every deployment has its replicas", timeout_s)
+
+    def spread(self) -> bool:
+        """Whether every deployment has the replicas that it shall always have, ready, and none is on its way out."""
+        view = self.view()
+        replicas = view.get("replicas", [])
+        if any(replica["state"] != "ready" for replica in replicas):
+            return False
+        return all(
+            sum(replica["deployment"] == one["spec"]["name"] for replica in replicas) >= one["spec"]["min_replicas"]
+            for one in view.get("deployments", [])
+        )
+
+    def owner_of(self, request_id: str, gateway: str = "gateway") -> str:
+        """The worker that runs this call's (first) request now; "" if nobody does."""
+        found = [one for one in self.requests(gateway) if one["request_id"].startswith(request_id)]
+        return str(max(found, key=lambda one: int(one.get("epoch", 0)))["worker_id"]) if found else ""
 
     def requests(self, gateway: str = "gateway") -> list[dict[str, Any]]:
         """What runs in all workers, as the operator sees it; [] when nobody can tell just now."""

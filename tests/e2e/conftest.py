@@ -1,4 +1,4 @@
-"""One real cluster for all e2e tests: two servers with a worker each, real models on the CPU."""
+"""Real clusters for all e2e tests, real models on the CPU: one to use, and a larger one to hurt."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.builders.cluster import Cluster
+from tests.builders.fleet import Fleet
 from tests.builders.models import make_model
+from tests.builders.remains import until_nothing_remains
+from tests.builders.streams import Twins
 
 
 @pytest.fixture(scope="session")
@@ -40,3 +43,28 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
         return made[key]
 
     return model
+
+
+@pytest.fixture(scope="session")
+def hurt(tmp_path_factory: pytest.TempPathFactory, models: Models) -> Iterator[Fleet]:
+    """Two servers with two workers each and two gateways; "long" has a replica on every worker."""
+    env = {"HEARTH_MAX_DELIVERIES": "3"}
+    with Fleet(tmp_path_factory.mktemp("fleet"), servers=2, workers=2, gateways=2, env=env) as running:
+        spec = {"min_replicas": 4, "max_replicas": 4, "keep_alive_s": 600}
+        running.deploy("long", models("llama", context=2048, eos=False), **spec)
+        yield running
+
+
+@pytest.fixture
+def fleet(hurt: Fleet) -> Iterator[Fleet]:
+    """`hurt`, whole and idle before the test, and again after it: what a test breaks it leaves to be found here."""
+    hurt.mend()
+    yield hurt
+    hurt.mend()
+    until_nothing_remains(hurt)
+
+
+@pytest.fixture(scope="session")
+def twins(hurt: Fleet) -> Twins:
+    """What each call to `hurt` says when nobody disturbs it."""
+    return Twins(hurt.url)
