@@ -239,9 +239,10 @@ class Incoming:
 
     def refused(self, run: Run, failure: Failure, now: float) -> list[e.Action]:
         """See `Landings`."""
-        assert run.landing is not None
-        run.landing.failure = failure
-        return self._input(run.landing, DestinationInput.REFUSED, now)
+        landing, run.landing = run.landing, None
+        assert landing is not None
+        landing.failure = failure
+        return self._input(landing, DestinationInput.REFUSED, now)
 
     def leaving(self, replica: Replica, now: float) -> list[e.Action]:
         """A replica takes nothing more, or its engine is dead."""

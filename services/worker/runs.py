@@ -398,6 +398,9 @@ class Runs:
         actions: list[e.Action] = []
         if run.departure is not None:
             actions += self.departures.over(run, now)
+        if run.landing is not None:  # the queue gave it to this worker meanwhile
+            failure = Failure(code=Code.CONFLICT, message="The queue has given the request to this worker, too.")
+            actions += self.landings.refused(run, failure, now)
         if run.state is RunState.RUNNING:
             del self._sequences[run.sequence_id]
             if not (sequence_ended or run.ended) and run.replica.loaded is not None:

@@ -302,6 +302,15 @@ def test_a_replica_that_leaves_while_it_claims_gives_the_request_back(pair: Pair
     assert not some(actions, e.SubmitSequence)
 
 
+def test_a_redelivery_to_the_destination_while_it_claims_takes_the_place_of_the_hand_over(pair: Pair) -> None:
+    pair.handed_over(pair.frozen())
+    actions = pair.destination.send(e.DeliveryArrived("r2", request("q1"), "t2", 2))
+    refused = only(actions, e.ReplyTo).answer
+    assert isinstance(refused, Failure) and refused.code is Code.CONFLICT
+    assert only(actions, e.ClaimRequest).token == "t2"
+    assert list(pair.destination.core.runs) == ["t2"]
+
+
 def test_what_a_destination_refuses(pair: Pair) -> None:
     sent = pair.migrate().message
 
