@@ -26,6 +26,12 @@ def desired_replicas(spec: DeploymentSpec, outstanding: int) -> int:
     return max(spec.min_replicas, min(spec.max_replicas, wanted))
 
 
+def wanted_replicas(cluster: Cluster, name: str) -> int:
+    """Replicas that a deployment shall have now: for its requests, and for the moves that look for a place."""
+    spec = cluster.deployments[name].spec
+    return max(desired_replicas(spec, cluster.outstanding(name)), cluster.floors.get(name, 0))
+
+
 @dataclass(frozen=True, slots=True)
 class Victim:
     """An idle replica that may be asked to leave. `below_min`: its deployment would have fewer than `min_replicas`."""
@@ -50,7 +56,7 @@ def victims(cluster: Cluster, deployment: str, now: float, *, min_ready_s: float
         if name == deployment:
             continue
         replicas = cluster.serving(name)
-        busy = desired_replicas_for(record.spec, cluster.outstanding(name))
+        busy = max(desired_replicas_for(record.spec, cluster.outstanding(name)), cluster.floors.get(name, 0))
         spare = len(replicas) + len(cluster.coming(name)) - busy
         idle = sorted(
             (one for one in replicas if evictable(cluster, one, now, min_ready_s=min_ready_s)),
@@ -82,7 +88,7 @@ def evictable(cluster: Cluster, replica: ReplicaRecord, now: float, *, min_ready
 
     It has been of use when it has answered somebody, or when its queue was found empty after it had become ready.
     """
-    if replica.state is not ReplicaState.READY or replica.running > 0:
+    if replica.state is not ReplicaState.READY or replica.running > 0 or replica.replica_id in cluster.needed:
         return False
     ready_at = cluster.ready_at.get(replica.replica_id, now)
     served = cluster.depths_asked_at > ready_at and cluster.outstanding(replica.deployment) == 0
@@ -93,8 +99,8 @@ def superfluous(cluster: Cluster, name: str, now: float) -> list[ReplicaRecord]:
     """Replicas of a deployment that nobody needs and that have been idle for its keep-alive, idle longest first."""
     spec = cluster.deployments[name].spec
     replicas = cluster.serving(name)
-    extra = len(replicas) - desired_replicas(spec, cluster.outstanding(name))
-    idle = [one for one in replicas if one.state is ReplicaState.READY and one.running == 0]
+    extra = len(replicas) - wanted_replicas(cluster, name)
+    idle = [one for one in replicas if _may_leave(cluster, one)]
     idle.sort(key=lambda one: (-cluster.idle_s(one, now), one.replica_id))
     return [one for one in idle[: max(0, extra)] if cluster.idle_s(one, now) >= spec.keep_alive_s]
 
@@ -103,10 +109,14 @@ def next_superfluous_at(cluster: Cluster, name: str, now: float) -> float | None
     """The monotonic second at which the next replica will have been idle for the keep-alive, if it may leave then."""
     spec = cluster.deployments[name].spec
     replicas = cluster.serving(name)
-    if len(replicas) <= desired_replicas(spec, cluster.outstanding(name)):
+    if len(replicas) <= wanted_replicas(cluster, name):
         return None
-    idle = [cluster.idle_s(one, now) for one in replicas if one.state is ReplicaState.READY and one.running == 0]
+    idle = [cluster.idle_s(one, now) for one in replicas if _may_leave(cluster, one)]
     return now + max(0.0, spec.keep_alive_s - max(idle)) if idle else None
+
+
+def _may_leave(cluster: Cluster, replica: ReplicaRecord) -> bool:
+    return replica.state is ReplicaState.READY and replica.running == 0 and replica.replica_id not in cluster.needed
 
 
 @dataclass

@@ -75,7 +75,10 @@ class PendingStop:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Room that is being made on a worker for a deployment: nobody else may take it before `expires_at`."""
+    """Room that is being made on a worker for a deployment: nobody else may take it before `expires_at`.
+
+    `owner` is for whom: the deployment, or one of its moves (`owner_of`).
+    """
 
     deployment: str
     worker_id: str
@@ -85,6 +88,12 @@ class Room:
     weight_bytes: int
     victims: tuple[str, ...]
     expires_at: float
+    owner: str = ""
+
+
+def owner_of(move_id: str) -> str:
+    """The owner of room that is being made for a move; no deployment has such a name."""
+    return f"={move_id}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +144,7 @@ class Occupancy:
         self.replicas[id] = self.replicas.get(id, 0) + max(0, 1 - count)
         if not self.holds(room.server_id, room.key) and room.weight_bytes > freed:
             keys = self.held.setdefault(room.server_id, {})
-            keys[f"room:{room.deployment}"] = [1, room.weight_bytes - freed]
+            keys[f"room:{room.owner or room.deployment}"] = [1, room.weight_bytes - freed]
 
     def holds(self, server_id: str, key: str) -> bool:
         """Whether somebody on this server keeps the checkpoint in DRAM, and is not leaving to make room."""
@@ -148,7 +157,11 @@ class Occupancy:
 
 
 class Cluster:
-    """The picture. `now` is always a monotonic second of the scheduler's own clock."""
+    """The picture. `now` is always a monotonic second of the scheduler's own clock.
+
+    `needed` are the replicas to which moves are under way; they are not idle, whatever they say. `floors` maps a
+    deployment to the replicas that its moves want it to have. Both are written by `moves` only.
+    """
 
     def __init__(self, *, kv_bytes_max: int) -> None:
         self.kv_bytes_max = kv_bytes_max
@@ -159,6 +172,8 @@ class Cluster:
         self.loads: dict[str, PendingLoad] = {}
         self.stops: dict[str, PendingStop] = {}
         self.rooms: dict[str, Room] = {}
+        self.needed: frozenset[str] = frozenset()
+        self.floors: dict[str, int] = {}
         self.depths: dict[str, int] = {}
         self.depths_asked_at = -math.inf
         self.hinted_at: dict[str, float] = {}
@@ -317,7 +332,7 @@ class Cluster:
         return Need(record.spec.name, facts.checkpoint_id, facts.weight_bytes, kv_bytes)
 
     def occupancy(self, *, but_for: str | None = None) -> Occupancy:
-        """Who holds what, commands included; `but_for` leaves out the room that is being made for that deployment."""
+        """Who holds what, commands included; `but_for` leaves out the room that is being made for that owner."""
         sums = Occupancy()
         for id in sorted(self.replicas):
             sums.add(self._occupant(self.replicas[id]))
@@ -410,7 +425,7 @@ class Cluster:
         for stop in stops:
             del self.stops[stop.replica_id]
         for room in rooms:
-            del self.rooms[room.deployment]
+            del self.rooms[room.owner or room.deployment]
         return loads, stops, rooms
 
     def busy(self, replica_id: str, now: float) -> None:

@@ -33,6 +33,11 @@ from services.scheduler.events import (
     ImportMoved,
     LoadAccepted,
     LoadRefused,
+    MigrateAccepted,
+    MigrateRefused,
+    MigrationHeard,
+    MoveAsked,
+    MoveOver,
     Note,
     OperationFailed,
     Oriented,
@@ -49,14 +54,17 @@ from services.scheduler.events import (
     RecordUnread,
     RegistryRead,
     RegistryUnread,
+    ReliefAsked,
     ReplicaBroke,
     SourceInspected,
     StopAccepted,
     StopRefused,
 )
+from services.scheduler.moves import Moves
 from services.scheduler.placing import Placing
 from services.scheduler.policy import Decision, Outcome
 from services.scheduler.rules import Rules
+from shared.contracts.migration import MigrationReason
 from shared.contracts.records import DeploymentState, Phase, ReplicaRecord, ReplicaState
 from shared.errors import Code, Failure
 
@@ -104,6 +112,7 @@ class Core:
         self._deferred: dict[str, str] = {}
         self._unreachable: dict[str, str] = {}
         self._wake = -math.inf
+        self.moves = Moves(rules, self.cluster, self.placing, self._troubles)
 
     # -- the machine ---------------------------------------------------------------------------------------------
 
@@ -122,14 +131,15 @@ class Core:
         return None if self._wake == math.inf else self._wake
 
     def check(self) -> None:
-        """Every invariant: see `Cluster.check` and `Deployments.check`, and one load per deployment and worker."""
+        """Every invariant: see those of the parts, and one load per deployment and worker."""
         self.cluster.check()
         self.deployments.check()
+        self.moves.check()
         pairs = [(load.deployment, load.worker_id) for load in self.cluster.loads.values()]
         assert len(pairs) == len(frozenset(pairs)), f"a worker was told twice: {sorted(pairs)}"
         for name, room in self.cluster.rooms.items():
             assert room.expires_at < math.inf
-            assert name == room.deployment
+            assert name == room.owner
         assert len(self.decisions) <= self.rules.decisions_kept
 
     def desired(self) -> dict[str, tuple[int, int, int]]:
@@ -137,7 +147,7 @@ class Core:
         cluster = self.cluster
         return {
             name: (
-                autoscale.desired_replicas(record.spec, cluster.outstanding(name)) if serves(record) else 0,
+                autoscale.wanted_replicas(cluster, name) if serves(record) else 0,
                 len(cluster.serving(name)) + len(cluster.coming(name)),
                 cluster.outstanding(name),
             )
@@ -178,7 +188,7 @@ class Core:
                 self._ensuring = False
                 self._missed("queues", event.failure, out)
                 self._ensure_due = now + self.rules.look_interval_s
-            case DeployAsked() | DeleteAsked() if not self._oriented:
+            case DeployAsked() | DeleteAsked() | MoveAsked() if not self._oriented:
                 out.append(Answer(event.reply, Failure(code=Code.UNAVAILABLE, message="The scheduler is starting.")))
             case DeployAsked():
                 self._troubles.pop(event.spec.name, None)
@@ -214,6 +224,18 @@ class Core:
                 self._stop_refused(event, now, out)
             case ReplicaBroke():
                 self._replica_broke(event, now, out)
+            case MoveAsked():
+                self.moves.asked(event, now, out)
+            case MigrateAccepted():
+                self.moves.accepted(event, now)
+            case MigrateRefused():
+                self.moves.refused(event, now)
+            case MigrationHeard():
+                self.moves.heard(event.message, now)
+            case ReliefAsked():
+                self.moves.relief(event.message, now, out)
+            case MoveOver():
+                self._move_over(event, now, out)
             case _:
                 assert_never(event)
         return True
@@ -306,6 +328,11 @@ class Core:
         server_id = worker.server_id if worker else suspect.server_id if suspect else ""
         self._blame(event.replica_id, event.deployment, server_id, event.failure, now, out)
 
+    def _move_over(self, event: MoveOver, now: float, out: list[Action]) -> None:
+        """Requests have left a replica, or have not: somebody may wait for its place."""
+        if event.move.reason is MigrationReason.PLACEMENT and self._wanting_since:
+            self._read_queues_soon(now)
+
     def _stop_refused(self, event: StopRefused, now: float, out: list[Action]) -> None:
         id = event.replica_id
         self.cluster.stops.pop(id, None)
@@ -362,6 +389,7 @@ class Core:
         rules = self.rules
         if replica_id in self._blamed:
             return
+        self.moves.load_failed(replica_id, failure)
         self._blamed[replica_id] = now + rules.forget_s
         trouble = self._troubles.setdefault(name, Trouble(failure))
         trouble.failed(
@@ -436,12 +464,14 @@ class Core:
         self.placing.wake = math.inf
         self._expire(now, out)
         self._stop_strays(now, out)
+        for over in self.moves.step(now, out):
+            self._take(over, now, out)
         self._stop_superfluous(now, out)
         self._want(now, out)
         self._serve(now, out)
         # Last: what was decided above may have changed records that are to be written.
         self._wake = min(self._wake, self.deployments.settle(now, out))
-        self._wake = min(self._wake, self.placing.wake)
+        self._wake = min(self._wake, self.placing.wake, self.moves.wake)
         for load in self.cluster.loads.values():
             self._wake = min(self._wake, load.expires_at)
         for stop in self.cluster.stops.values():
@@ -468,7 +498,11 @@ class Core:
             if leaving and not self.placing.asked(id):
                 self._suspect(replica, now, loading=id not in self.cluster.ready_at)
         for id, suspect in sorted(self._suspects.items()):
-            if suspect.due > now:
+            shown = self.cluster.replicas.get(id)
+            worker = self.cluster.workers.get(shown.worker_id) if shown is not None else None
+            if worker is not None and worker.phase is not Phase.READY:
+                del self._suspects[id]  # its worker drains: that is why it leaves
+            elif suspect.due > now:
                 self._wake = min(self._wake, suspect.due)
             elif id not in self.cluster.replicas:
                 del self._suspects[id]
@@ -537,7 +571,7 @@ class Core:
         record = self.cluster.deployments[name]
         if not serves(record):
             return 0
-        wanted = autoscale.desired_replicas(record.spec, self.cluster.outstanding(name))
+        wanted = autoscale.wanted_replicas(self.cluster, name)
         return wanted - len(self.cluster.serving(name)) - len(self.cluster.coming(name))
 
     def _serve(self, now: float, out: list[Action]) -> None:

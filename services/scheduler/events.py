@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from shared.contracts.migration import Migrate, MigrationEnded, Move, Moved, Moving, Relief
 from shared.contracts.placement import Deployed, Deploying, LoadReplica, StopReplica
 from shared.contracts.records import (
     ClusterView,
@@ -225,6 +226,57 @@ class ReplicaBroke:
     failure: Failure
 
 
+# -- events: moves -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class MoveAsked:
+    """Somebody wants requests to move, or to know how far that is."""
+
+    message: Move
+    reply: Answerable
+
+
+@dataclass(frozen=True, slots=True)
+class MigrateAccepted:
+    """The source has begun to migrate these requests of a move; `leg` names the command within the move."""
+
+    move_id: str
+    leg: int
+    request_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MigrateRefused:
+    """The source migrates nothing, or did not answer."""
+
+    move_id: str
+    leg: int
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationHeard:
+    """A source says how a migration ended."""
+
+    message: MigrationEnded
+
+
+@dataclass(frozen=True, slots=True)
+class ReliefAsked:
+    """A worker's KV cache is too small for what a replica runs."""
+
+    message: Relief
+
+
+@dataclass(frozen=True, slots=True)
+class MoveOver:
+    """A move is over, whoever wanted it. Raised by `Moves` itself, within the same `handle`."""
+
+    move: Move
+    answer: Moved | Failure
+
+
 Event = (
     RegistryRead
     | RegistryUnread
@@ -250,6 +302,12 @@ Event = (
     | StopAccepted
     | StopRefused
     | ReplicaBroke
+    | MoveAsked
+    | MigrateAccepted
+    | MigrateRefused
+    | MigrationHeard
+    | ReliefAsked
+    | MoveOver
 )
 
 # -- actions -------------------------------------------------------------------------------------------------------
@@ -337,11 +395,21 @@ class CommandStop:
 
 
 @dataclass(frozen=True, slots=True)
+class CommandMigrate:
+    """Have a worker begin to migrate requests to another one."""
+
+    worker_id: str
+    move_id: str
+    leg: int
+    message: Migrate
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """Answer an operator's call."""
 
     reply: Answerable
-    message: Deployed | Deploying | Done | Failure
+    message: Deployed | Deploying | Done | Moving | Moved | Failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,6 +444,7 @@ Action = (
     | RemoveDeployment
     | CommandLoad
     | CommandStop
+    | CommandMigrate
     | Answer
     | Note
     | Decided
@@ -385,5 +454,5 @@ Action = (
 # Actions that take time and come back as an event; the others are carried out at once and in order.
 LONG = (
     ReadRegistry, ReadQueues, ReadRecord, EnsureQueues, InspectSource, PollImport, WriteDeployment, RemoveDeployment,
-    CommandLoad, CommandStop,
+    CommandLoad, CommandStop, CommandMigrate,
 )  # fmt: skip

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from services.scheduler import autoscale, policy
-from services.scheduler.cluster import Cluster, Need, PendingLoad, PendingStop, Room
+from services.scheduler.cluster import Cluster, Need, PendingLoad, PendingStop, Room, owner_of
 from services.scheduler.events import Action, CommandLoad, CommandStop, Decided, Note
 from services.scheduler.policy import Decision, Outcome
 from services.scheduler.rules import Rules
@@ -104,31 +104,43 @@ class Placing:
         out: list[Action],
         *,
         avoid: Mapping[str, Failure],
+        move_id: str = "",
+        at: str = "",
+        away_from: str = "",
     ) -> Decision:
         """Decide about one more replica, which has been wanted since `since`, and command what was decided.
 
-        `avoid` maps servers that have just failed to load this model to how they did. Waiting, and that it is
+        `avoid` maps servers that have just failed to load this model to how they did. A move that needs a destination
+        says so (`move_id`), and on which worker, or on which not (`at`, `away_from`). Waiting, and that it is
         impossible, are for the caller to tell.
         """
         cluster, name = self._cluster, record.spec.name
+        owner = owner_of(move_id) if move_id else name
         need = cluster.need(record)
         # While room is being made nobody else is asked to leave; but what has become free meanwhile is taken.
         idle = (
-            [] if name in cluster.rooms else autoscale.victims(cluster, name, now, min_ready_s=self._rules.min_ready_s)
+            [] if owner in cluster.rooms else autoscale.victims(cluster, name, now, min_ready_s=self._rules.min_ready_s)
         )
-        if cluster.outstanding(name) == 0:
+        if cluster.outstanding(name) == 0 and not move_id:
             # A reserve never takes the place of another reserve, or the two would do so for ever.
             idle = [one for one in idle if not one.below_min]
         idle = [one for one in idle if self._not_before.get(one.replica_id, -math.inf) <= now]
-        decision = policy.decide(need, cluster, idle, now, avoid=avoid)
+        decision = policy.decide(need, cluster, idle, now, avoid=avoid, owner=owner, at=at, away_from=away_from)
         if decision.outcome is Outcome.PLACE:
-            self._load(record, need, decision, since, now, out)
+            self._load(record, need, decision, owner, since, now, out)
         elif decision.outcome is Outcome.EVICT:
-            self._evict(need, decision, now, out)
+            self._evict(need, decision, owner, now, out)
         return decision
 
     def _load(
-        self, record: DeploymentRecord, need: Need, decision: Decision, since: float, now: float, out: list[Action]
+        self,
+        record: DeploymentRecord,
+        need: Need,
+        decision: Decision,
+        owner: str,
+        since: float,
+        now: float,
+        out: list[Action],
     ) -> None:
         chosen = decision.chosen
         assert chosen is not None
@@ -147,7 +159,7 @@ class Placing:
             weight_bytes=need.weight_bytes,
             expires_at=now + self._rules.command_s,
         )
-        self._cluster.rooms.pop(name, None)
+        self._cluster.rooms.pop(owner, None)
         self.counts.decisions += 1
         self.decisions.append(decision)
         message = LoadReplica(
@@ -177,13 +189,14 @@ class Placing:
                     "tier": chosen.tier,
                     "outstanding": self._cluster.outstanding(name),
                     "candidates": len(decision.candidates),
+                    "for_move": owner != name,
                     "reasons": decision.reasons(),
                 },
                 since,
             )
         )
 
-    def _evict(self, need: Need, decision: Decision, now: float, out: list[Action]) -> None:
+    def _evict(self, need: Need, decision: Decision, owner: str, now: float, out: list[Action]) -> None:
         chosen = decision.chosen
         assert chosen is not None
         cluster = self._cluster
@@ -191,7 +204,7 @@ class Placing:
         self.decisions.append(decision)
         asked = [self.stop(cluster.replicas[one.replica_id], "evicted", now, out) for one in decision.victims]
         self.counts.evictions += sum(asked)
-        cluster.rooms[need.deployment] = Room(
+        cluster.rooms[owner] = Room(
             deployment=need.deployment,
             worker_id=worker.worker_id,
             server_id=worker.server_id,
@@ -200,6 +213,7 @@ class Placing:
             weight_bytes=need.weight_bytes,
             victims=tuple(one.replica_id for one in decision.victims),
             expires_at=now + self._rules.command_s,
+            owner=owner,
         )
         out.append(
             Note(

@@ -102,17 +102,25 @@ def decide(
     now: float,
     *,
     avoid: Mapping[str, Failure],
+    owner: str = "",
+    at: str = "",
+    away_from: str = "",
 ) -> Decision:
     """Where one more replica goes. `idle` are those that may be evicted, in the order in which they should be.
 
-    `avoid` maps servers that have just failed to load this model to how they did.
+    `avoid` maps servers that have just failed to load this model to how they did. `owner` is for whom ("": the
+    deployment): room that is being made for it counts as free. `at` asks about one worker only, `away_from` about all
+    but one.
     """
-    sums = cluster.occupancy(but_for=need.deployment)
+    owner = owner or need.deployment
+    sums = cluster.occupancy(but_for=owner)
     present = frozenset(one.worker_id for one in cluster.serving(need.deployment)) | frozenset(
         one.worker_id for one in cluster.coming(need.deployment)
     )
     candidates = [
-        _candidate(need, cluster, sums, worker, present, now, avoid) for _, worker in sorted(cluster.workers.items())
+        _candidate(need, cluster, sums, worker, present, now, avoid)
+        for id, worker in sorted(cluster.workers.items())
+        if at in ("", id) and id != away_from
     ]
     fit = [one for one in candidates if not one.refused]
     if fit:
@@ -121,7 +129,8 @@ def decide(
     # Nobody goes below the minimum as long as others could leave instead.
     for allowed in (tuple(one for one in idle if not one.below_min), tuple(idle)):
         tried = tuple(
-            replace(one, victims=_make_room(need, cluster, one, allowed, present, now, avoid)) for one in candidates
+            replace(one, victims=_make_room(need, cluster, one, allowed, present, now, avoid, owner))
+            for one in candidates
         )
         possible = [one for one in tried if one.victims]
         if possible:
@@ -259,6 +268,7 @@ def _make_room(
     present: frozenset[str],
     now: float,
     avoid: Mapping[str, Failure],
+    owner: str,
 ) -> tuple[Victim, ...]:
     """The fewest of the idle replicas of this worker (then of its server) whose leaving makes room; () if none do."""
     worker = cluster.workers[candidate.worker_id]
@@ -266,7 +276,7 @@ def _make_room(
     near = [one for one in idle if one.server_id == worker.server_id and one.worker_id != worker.worker_id]
 
     def without(chosen: Sequence[Victim]) -> str:
-        sums = cluster.occupancy(but_for=need.deployment)
+        sums = cluster.occupancy(but_for=owner)
         before = sums.pool_bytes(worker.server_id)
         for one in chosen:
             sums.add(cluster.occupant(one.replica_id), -1)

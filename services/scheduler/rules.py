@@ -15,6 +15,12 @@ class Rules:
     refused stop. `first_backoff_s`, `most_backoff_s`, `most_failures`: see `Trouble`. `patience_s`: how long a model
     for which no server is large enough may wait for one before its requests fail. `word_s`: how long the word of a
     worker is waited for when a replica went away while loading. `forget_s`: how long old failures are remembered.
+
+    Moves: `move_load_s` is how long a destination may be looked for and loaded, `move_migrate_s` how long the
+    migrations may take once the last has been asked for; `move_patience_s`: how long a free slot, or room for a
+    destination, is waited for; `move_retry_s`: between two tries of what was refused; `move_lost_s`: after it a
+    migration that the source's record does not show is over. `relief_pause_s`: between two moves that relieve one
+    replica; `relief_extra_s`: how long one more replica is wanted because of a relief that found no place.
     """
 
     look_interval_s: float = 1.0
@@ -31,3 +37,11 @@ class Rules:
     forget_s: float = 600.0
     kv_bytes_max: int = 256 * 2**20
     decisions_kept: int = 256
+    move_load_s: float = 120.0
+    move_migrate_s: float = 120.0
+    move_patience_s: float = 10.0
+    move_retry_s: float = 1.0
+    move_lost_s: float = 5.0
+    relief_pause_s: float = 3.0
+    relief_extra_s: float = 30.0
+    most_moves: int = 256

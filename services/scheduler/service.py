@@ -15,6 +15,7 @@ from services.scheduler.events import (
     Action,
     Answer,
     CommandLoad,
+    CommandMigrate,
     CommandStop,
     Decided,
     DeleteAsked,
@@ -29,6 +30,10 @@ from services.scheduler.events import (
     InspectSource,
     LoadAccepted,
     LoadRefused,
+    MigrateAccepted,
+    MigrateRefused,
+    MigrationHeard,
+    MoveAsked,
     Note,
     OperationFailed,
     Oriented,
@@ -46,6 +51,7 @@ from services.scheduler.events import (
     RecordUnread,
     RegistryRead,
     RegistryUnread,
+    ReliefAsked,
     RemoveDeployment,
     ReplicaBroke,
     SourceInspected,
@@ -56,6 +62,7 @@ from services.scheduler.events import (
 from shared.bus import Reply
 from shared.codec import CodecError
 from shared.contracts.events import RecordChanged
+from shared.contracts.migration import MigrationEnded, Move, Moved, Moving, Relief
 from shared.contracts.placement import Delete, Deploy, Deployed, Deploying, ReplicaFailed
 from shared.contracts.records import DeploymentRecord, ReplicaRecord, ServerRecord, WorkerRecord
 from shared.contracts.requests import Demand
@@ -72,7 +79,11 @@ from shared.subjects import (
     IMPORT,
     INSPECT,
     LOAD,
+    MIGRATE,
+    MIGRATION_ENDED,
+    MOVE,
     RECORD_CHANGED,
+    RELIEF,
     REPLICA_FAILED,
     STOP,
 )
@@ -90,6 +101,8 @@ NOTES = Counter("hearth_scheduler_events_total", "What happened, by its name in 
 DECISION_S = Histogram("hearth_scheduler_decision_seconds", "Demand seen → load commanded", buckets=LATENCY_BUCKETS_S)
 DESIRED = Gauge("hearth_scheduler_replicas_desired", "Replicas that a deployment should have", ["deployment"])
 ACTUAL = Gauge("hearth_scheduler_replicas", "Replicas loading, ready or commanded", ["deployment"])
+MOVES = Gauge("hearth_scheduler_moves", "Moves of running requests that are not over", ["reason"])
+MOVING = Gauge("hearth_scheduler_requests_moving", "Requests of moves that are not over", ["reason"])
 OUTSTANDING = Gauge("hearth_scheduler_requests_outstanding", "Requests waiting or running", ["deployment"])
 
 
@@ -113,6 +126,9 @@ class Service:
         await bus.subscribe(REPLICA_FAILED, self._replica_failed)
         await bus.serve(DEPLOY, self._deploy, group="scheduler")
         await bus.serve(DELETE, self._delete, group="scheduler")
+        await bus.serve(MOVE, self._move, group="scheduler")
+        await bus.subscribe(MIGRATION_ENDED, self._migration_ended, worker_id="*")
+        await bus.subscribe(RELIEF, self._relief)
 
     # -- messages → events ---------------------------------------------------------------------------------------
 
@@ -130,6 +146,15 @@ class Service:
 
     def _delete(self, message: Delete, reply: Reply[Done]) -> None:
         self.driver.post(DeleteAsked(message.deployment, reply))
+
+    def _move(self, message: Move, reply: Reply[Moving | Moved]) -> None:
+        self.driver.post(MoveAsked(message, reply))
+
+    def _migration_ended(self, message: MigrationEnded) -> None:
+        self.driver.post(MigrationHeard(message))
+
+    def _relief(self, message: Relief) -> None:
+        self.driver.post(ReliefAsked(message))
 
     # -- actions → effects ---------------------------------------------------------------------------------------
 
@@ -172,6 +197,8 @@ class Service:
                 return await self._load(action)
             case CommandStop():
                 return await self._stop(action)
+            case CommandMigrate():
+                return await self._migrate(action)
             case Answer() | Note() | Decided() | Oriented():
                 raise TypeError(f"{type(action).__name__} takes no time and is not done")
             case _:
@@ -260,6 +287,13 @@ class Service:
             return StopRefused(action.message.replica_id, error.failure)
         return StopAccepted(action.message.replica_id)
 
+    async def _migrate(self, action: CommandMigrate) -> Event:
+        try:
+            answer = await self._context.bus.call(MIGRATE, action.message, worker_id=action.worker_id)
+        except HearthError as error:
+            return MigrateRefused(action.move_id, action.leg, error.failure)
+        return MigrateAccepted(action.move_id, action.leg, answer.request_ids)
+
     def _show(self) -> None:
         """Bring the gauges up to date (on the loop's thread: the core is not for others)."""
         rows = self._core.desired()
@@ -271,6 +305,9 @@ class Service:
             for gauge in (DESIRED, ACTUAL, OUTSTANDING):
                 gauge.remove(name)
         self._shown = frozenset(rows)
+        for reason, (moves, requests) in self._core.moves.open().items():
+            MOVES.labels(reason.value).set(moves)
+            MOVING.labels(reason.value).set(requests)
 
 
 def _failure(error: HearthError | CodecError) -> Failure:
