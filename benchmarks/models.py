@@ -25,6 +25,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 6,
         "num_key_value_heads": 6, "vocab_size": 1024, "max_position_embeddings": 2048,
     },
+    # A decode step that depends little on the context: few layers, wide, with one narrow pair of key and value heads.
+    "llama-30m-narrow": {
+        "hidden_size": 640, "intermediate_size": 4096, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 4096, "max_position_embeddings": 8192,
+    },
     # Four times llama-1.1b with as many layers, so as many tensors.
     "llama-4.4b": {
         "hidden_size": 4096, "intermediate_size": 11264, "num_hidden_layers": 22, "num_attention_heads": 64,
