@@ -68,6 +68,8 @@ class Clients:
     def frame(self, call_id: str, choice: int, frame: Frame) -> None:
         """Tokens arrive."""
         stream = self._stream(call_id, choice)
+        if stream.outcome is Outcome.LEFT:  # its gateway has not noticed yet
+            return
         id = frame.request_id
         assert id == stream.request.request_id, "a frame for another choice"
         assert stream.outcome is Outcome.OPEN, f"{id}: a frame after the end"
@@ -83,6 +85,8 @@ class Clients:
     def conclude(self, call_id: str, choice: int, end: End) -> None:
         """A choice is complete."""
         stream = self._stream(call_id, choice)
+        if stream.outcome is Outcome.LEFT:
+            return
         id = stream.request.request_id
         assert stream.outcome is Outcome.OPEN, f"{id}: ends twice"
         assert end.epoch == stream.epoch, f"{id}: an end of epoch {end.epoch} while {stream.epoch} is granted"
@@ -97,7 +101,8 @@ class Clients:
     def fail(self, call_id: str, failure: Failure) -> None:
         """A call has failed."""
         streams = [self.streams[id] for id in self._by_call[call_id]]
-        assert any(stream.outcome is Outcome.OPEN for stream in streams), f"{call_id}: fails after its end"
+        open_or_left = (Outcome.OPEN, Outcome.LEFT)
+        assert any(stream.outcome in open_or_left for stream in streams), f"{call_id}: fails after its end"
         for stream in streams:
             if stream.outcome is Outcome.OPEN:
                 stream.outcome, stream.failure = Outcome.FAILED, failure
@@ -119,16 +124,21 @@ class Clients:
         """Whether anything of a call is missing."""
         return any(self.streams[id].outcome is Outcome.OPEN for id in self._by_call[call_id])
 
+    def unserved(self, call_id: str) -> bool:
+        """Whether some choice of a call was never given to anybody."""
+        return any(self.streams[id].epoch == 0 for id in self._by_call[call_id])
+
     # -- what is looked at from outside
 
     def granted(self, request_id: str, gateway: str, epoch: int, have_tokens: int) -> None:
         """A gateway answers a claim."""
         stream = self.streams[request_id]
         assert stream.gateway == gateway, f"{request_id}: granted by a gateway that never had it"
-        assert stream.outcome is Outcome.OPEN, f"{request_id}: granted after its end"
+        assert stream.outcome in (Outcome.OPEN, Outcome.LEFT), f"{request_id}: granted after its end"
         assert epoch >= stream.epoch, f"{request_id}: epoch {epoch} granted after {stream.epoch}"
-        assert have_tokens == len(stream.token_ids), f"{request_id}: granted with {have_tokens} tokens"
         stream.epoch = epoch
+        if stream.outcome is Outcome.OPEN:
+            assert have_tokens == len(stream.token_ids), f"{request_id}: granted with {have_tokens} tokens"
 
     def spoken(self, process: str, batch: FrameBatch) -> None:
         """A worker is about to send a batch."""

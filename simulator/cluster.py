@@ -251,7 +251,7 @@ class Cluster:
                 code = stream.failure.code
                 # Only who has really lost that many owners may be told so.
                 guilty = code is Code.WORKER_LOST and self.losses >= self.shape.max_deliveries
-                never = code is Code.UNAVAILABLE and stream.epoch == 0
+                never = code is Code.UNAVAILABLE and self.clients.unserved(stream.call_id)
                 late = code is Code.DEADLINE_EXCEEDED
                 assert guilty or never or late, f"{id} fails: {stream.failure}"
             assert stream.outcome is not Outcome.OPEN, f"{id} never ends"

@@ -124,9 +124,9 @@ class Scenario:
             self._soon(busy_s, self._leave)
         if dice.random() < 0.5:
             weather = self.weather
-            weather.lost = dice.choice((0.0, 0.002, 0.02))
-            weather.doubled = dice.choice((0.0, 0.01, 0.05))
-            weather.late = dice.choice((0.0, 0.002, 0.02))
+            weather.lost = dice.choice((0.0, 0.002, 0.02, 0.1))
+            weather.doubled = dice.choice((0.0, 0.01, 0.1))
+            weather.late = dice.choice((0.0, 0.002, 0.02, 0.1))
             weather.late_s = dice.choice((0.05, 1.0, 6.0))
 
     def _request(self) -> None:
