@@ -6,7 +6,7 @@ through. Three kinds of claim:
 * by a **delivery** of the queue: the message was handed out (again), so whoever had it before has lost it. A later
   delivery beats an earlier one, a message that was replaced by another one is gone;
 * by **after_epoch**, in a migration: a compare-and-set. Of destination and source, who both may ask, one wins;
-* the **same claim again** (`claim_id`), because its answer was lost: the same answer.
+* the **same claim again** (the same delivery, the same `claim_id`), because its answer was lost: the same answer.
 
 A request whose message the gateway has given back belongs to nobody until the queue hands it out.
 """
@@ -126,16 +126,16 @@ def judge(live: Live, claim: Claim) -> Grant | Gone | Failure:
     if claim.delivery < live.delivery:
         return _stale("A later delivery of this request was claimed already.")
     if claim.delivery == live.delivery:
-        # An older worker asks again without an id; it has not heard that it is the owner.
+        # Its answer was lost, or the claim came twice: a delivery is its own claim id.
         if live.state is State.STREAMING and claim.worker_id == live.worker_id:
-            return Grant.RECLAIM
+            return Grant.AGAIN
         return _stale("This delivery of the request was claimed already.")
     return Grant.RECOVERY if live.epoch else Grant.FIRST
 
 
 def grant(live: Live, claim: Claim, kind: Grant, now: float) -> None:
     """Make the worker of a claim the owner, at the next epoch."""
-    if kind is not Grant.RECLAIM or claim.after_epoch < 0:
+    if kind is not Grant.RECLAIM:
         live.owned_at = now
     live.migrations += kind is Grant.MIGRATION
     live.recoveries += kind is Grant.RECOVERY
