@@ -14,8 +14,10 @@ The parts of transformers used here are not its public interface: they are those
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from contextlib import suppress
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 import numpy
@@ -25,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from services.worker.engine_sequential import SequentialStepper
 from services.worker.engine_thread import Stepper, Submission, ThreadedEngine
-from services.worker.ports import EndReason, EngineEvent, PositionLogprobs, SequenceEnd, Sink, StepToken
+from services.worker.ports import EndReason, EngineEvent, KvShort, PositionLogprobs, SequenceEnd, Sink, StepToken
 from services.worker.sampling import SamplingRow, choose
 from shared.contracts.requests import Sampling
 from shared.errors import Code, Failure, HearthError
@@ -35,6 +37,7 @@ TRANSFORMERS: Final = "5.23"  # the version whose batching this is made for
 PAGE_TOKENS: Final = 16  # tokens of a KV block: the unit of prefix sharing
 SLICE_TOKENS_CPU: Final = 128  # most tokens of one step; a prefill is cut into such slices, between which others decode
 SLICE_TOKENS_CUDA: Final = 1024
+KV_SHORT_EVERY_S: Final = 1.0  # at most this often it is told that sequences wait for blocks
 PROBE_TOKENS: Final = 6
 # What the code of an architecture raises when its config makes no sense, or it is run in a way it was not made for.
 FOREIGN_ERRORS: Final = (
@@ -65,6 +68,23 @@ class _LazyZeros(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@contextmanager
+def _within_window(config: Any, max_context_tokens: int) -> Iterator[None]:
+    """Within it, sliding layers whose window no sequence will fill count as what they are then: full attention.
+
+    Blocks of full attention can be shared by sequences with the same prefix, those of a window cannot.
+    """
+    window = getattr(config, "sliding_window", None)
+    if not window or getattr(config, "layer_types", None) is not None or max_context_tokens > window:
+        yield
+        return
+    config.sliding_window = None
+    try:
+        yield
+    finally:
+        config.sliding_window = window
+
+
 class _Live:
     """A sequence in the batch."""
 
@@ -86,11 +106,20 @@ class BatchingStepper:
     name = "batching"
 
     def __init__(
-        self, model: Any, *, kv_bytes: int, slots: int, max_context_tokens: int, eos_token_ids: Iterable[int] = ()
+        self,
+        model: Any,
+        *,
+        kv_bytes: int,
+        slots: int,
+        max_context_tokens: int,
+        eos_token_ids: Iterable[int] = (),
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         from transformers import GenerationConfig
         from transformers.generation.configuration_utils import ContinuousBatchingConfig
         from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
+
+        from services.worker.engine_blocks import BlockScheduler, share_blocks
 
         config = model.config.get_text_config()
         block_bytes = PAGE_TOKENS * kv_bytes_per_token(config, model.dtype)
@@ -114,12 +143,13 @@ class BatchingStepper:
                     max_blocks_per_request=0,
                     use_async_batching=False,
                     use_cuda_graph=False,
+                    cpu_offload_space=0.0,
                     max_memory_percent=1.0,
                     auto_switch_to_flash=may_use_flash(model.device, model.dtype),
                     seed=0,
                 ),
             )
-            with _LazyZeros():
+            with _LazyZeros(), _within_window(config, max_context_tokens):
                 processor = manager._create_batch_processor()
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise HearthError(
@@ -130,10 +160,15 @@ class BatchingStepper:
                 Code.UNSUPPORTED, f"A {config.model_type} model cannot be batched ({type(error).__name__})."
             ) from error
         self._model, self._processor = model, processor
-        self._io, self._scheduler = processor.inputs_and_outputs, processor.scheduler
+        self._io = processor.inputs_and_outputs
+        self._scheduler: Any = BlockScheduler(processor.cache, slots)
+        processor.scheduler = processor.offloading_manager.scheduler = self._scheduler
+        share_blocks(processor.cache)
         processor.model_runner._sample = self._sample
         self._live: dict[str, _Live] = {}
         self._logprobs: list[PositionLogprobs | None] = []
+        self._clock = clock
+        self._told_short_at = -math.inf
         self.slots = slots
         self.vocab_tokens = int(config.vocab_size)
         self.eos_token_ids = frozenset(eos_token_ids)
@@ -143,12 +178,7 @@ class BatchingStepper:
     @property
     def free_blocks_bytes(self) -> int:
         """Bytes of the KV cache that no live sequence holds (blocks kept for prefix sharing count as free)."""
-        cache = self._processor.cache
-        cached = sum(
-            len(allocator.ledger.cached_blocks) * allocator.bytes_per_block
-            for allocator in cache.cache_allocators.values()
-        )
-        return int(cache.compute_free_capacity(relative=False) + cached)
+        return int(self._scheduler.free_bytes())
 
     def start(self) -> None:
         """See `Stepper`."""
@@ -172,11 +202,7 @@ class BatchingStepper:
     def remove(self, sequence_id: str) -> None:
         """See `Stepper`. Between two steps nothing is in flight, so the blocks are free at once."""
         self._live.pop(sequence_id, None)
-        self._scheduler.set_request_cancellation(sequence_id)
-        for state in self._scheduler.clear_cancelled_requests():
-            self._processor.offloading_manager.free_request_cpu_cache(state)
-        # Set when the cache was full, and reset by transformers only when a sequence finishes: one that leaves will do.
-        self._scheduler.block_new_requests = False
+        self._scheduler.forget(sequence_id)
 
     def step(self) -> list[EngineEvent]:
         """See `Stepper`."""
@@ -184,9 +210,7 @@ class BatchingStepper:
 
         processor = self._processor
         if not processor.prepare_next_batch():
-            self._scheduler.block_new_requests = False
-            if not processor.prepare_next_batch():
-                raise RuntimeError("sequences are waiting but none can be scheduled")
+            raise RuntimeError("sequences are waiting but none can be scheduled")
         states = self._io.requests_in_batch
         for future in states:
             live = self._live[future.state.request_id]
@@ -195,6 +219,9 @@ class BatchingStepper:
         processor._generation_step(self._model)
         processor.update_batch()
         events: list[EngineEvent] = []
+        if self._scheduler.short and self._clock() >= self._told_short_at + KV_SHORT_EVERY_S:
+            self._told_short_at = self._clock()
+            events.append(KvShort(self._scheduler.short))
         position = 0
         for future in states:
             if not future.has_new_token:
@@ -207,6 +234,7 @@ class BatchingStepper:
             position += 1
             if state.status == RequestStatus.FINISHED:
                 del self._live[sequence_id]
+                self._scheduler.forget(sequence_id)
                 stopped = token_id in live.submission.stop_token_ids
                 events.append(
                     SequenceEnd(

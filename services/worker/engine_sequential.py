@@ -1,4 +1,9 @@
-"""One sequence at a time, with transformers' ordinary KV cache: for architectures that cannot be batched."""
+"""One sequence at a time, with transformers' ordinary KV cache: for architectures that cannot be batched.
+
+The cache of a sequence that is over stays until the next one begins, which goes on from there if its tokens begin with
+those in the cache: rounds of growing prefixes compute only the difference. Where the tokens part before the end of the
+cache, it is cut there, if it is one that can be cut (recurrent states and sliding windows cannot).
+"""
 
 from __future__ import annotations
 
@@ -47,7 +52,9 @@ class SequentialStepper:
         self._running: Submission | None = None
         self._row: SamplingRow | None = None
         self._cache: Any = None
-        self._unseen: list[int] = []  # tokens that are not in the cache yet
+        self._held: list[int] = []  # tokens in the cache
+        self._unseen: list[int] = []  # tokens of the running sequence that are not in the cache yet
+        self._cached_tokens = 0
         self._made_tokens = 0
 
     def start(self) -> None:
@@ -78,6 +85,7 @@ class SequentialStepper:
             input_ids=torch.tensor([piece], device=self._model.device), past_key_values=self._cache, use_cache=True
         )
         self._cache = output.past_key_values
+        self._held += piece
         if self._unseen:
             return []
         tokens, logprobs = choose(output.logits[:, -1], [row])
@@ -89,25 +97,42 @@ class SequentialStepper:
         stopped = token_id in running.stop_token_ids
         if stopped or self._made_tokens >= running.max_new_tokens:
             self._drop()
-            events.append(SequenceEnd(running.sequence_id, EndReason.STOP if stopped else EndReason.LENGTH))
+            reason = EndReason.STOP if stopped else EndReason.LENGTH
+            events.append(SequenceEnd(running.sequence_id, reason, cached_tokens=self._cached_tokens))
         return events
 
     def close(self) -> None:
         """See `Stepper`."""
         self._waiting.clear()
         self._drop()
-        self._model = None
+        self._model = self._cache = None
+        self._held = []
 
     def _begin(self) -> None:
-        from transformers import DynamicCache
-
         if self._waiting:
             _, self._running = self._waiting.popitem(last=False)
             self._row = SamplingRow(self._running.sampling, self._running.token_ids, self._running.first_index)
-            self._cache = DynamicCache(config=self._model.config)
-            self._unseen = list(self._running.token_ids)
+            self._cached_tokens = self._share(self._running.token_ids)
+            self._unseen = self._running.token_ids[self._cached_tokens :]
             self._made_tokens = 0
 
+    def _share(self, token_ids: list[int]) -> int:
+        """Make the cache one of the first so many of these tokens, at most all but the last; returns how many."""
+        from transformers import DynamicCache
+        from transformers.cache_utils import DynamicLayer
+
+        most = min(len(self._held), len(token_ids) - 1)
+        common = next((at for at in range(most) if self._held[at] != token_ids[at]), most)
+        if common == 0 or (
+            common < len(self._held) and not all(type(layer) is DynamicLayer for layer in self._cache.layers)
+        ):
+            self._cache, self._held = DynamicCache(config=self._model.config), []
+            return 0
+        if common < len(self._held):
+            self._cache.crop(common - len(self._held))
+            del self._held[common:]
+        return common
+
     def _drop(self) -> None:
-        self._running = self._row = self._cache = None
+        self._running = self._row = None
         self._unseen = []
