@@ -14,10 +14,15 @@ import pytest
 
 from services.cli.children import Child, RotatingFile
 from services.cli.cluster import ChildPlan
+from services.cli.supervision import QUICK_FAILURES
 
 STEADY = "import time; print('up', flush=True); time.sleep(600)"
 STUBBORN = (
     "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+)
+OBEDIENT = (
+    "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); print('up', flush=True); "
+    "time.sleep(600)"
 )
 FAILING = "import sys; print('no', flush=True); sys.exit(1)"
 WORDY = "import sys; sys.stdout.write('x' * 3_000_000 + '\\nlast\\n'); sys.stdout.flush(); import time; time.sleep(600)"
@@ -66,6 +71,20 @@ async def test_a_killed_child_is_started_again(tmp_path: Path) -> None:
     assert running.result() is None
     assert watched.told == ["ended by signal 9; starting it again in 0.2 s"]
     assert (tmp_path / "child.log").read_text() == "up\nup\n"
+
+
+async def test_a_child_that_is_stopped_by_hand_is_started_again_however_often(tmp_path: Path) -> None:
+    watched = Watched(OBEDIENT, tmp_path)
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(watched.child.run())
+        for count in range(1, QUICK_FAILURES + 2):
+            await watched.until(count)
+            assert watched.child.pid is not None
+            os.kill(watched.child.pid, signal.SIGTERM)
+        await watched.until(QUICK_FAILURES + 2)
+        assert await watched.child.stop(10.0)
+    assert running.result() is None
+    assert watched.told == ["ended with exit code 0; starting it again in 0.2 s"] * (QUICK_FAILURES + 1)
 
 
 async def test_a_child_that_cannot_live_is_given_up_and_its_log_named(tmp_path: Path) -> None:
@@ -125,6 +144,7 @@ import asyncio, os, sys
 from pathlib import Path
 from services.cli.children import Child
 from services.cli.cluster import ChildPlan
+from services.cli.supervision import QUICK_FAILURES
 plan = ChildPlan("child", "worker", [sys.executable, "-c", {STUBBORN!r}], dict(os.environ))
 child = Child(plan, Path({str(tmp_path)!r}), show=lambda _, __: print(child.pid, flush=True), tell=print, started=int)
 asyncio.run(child.run())

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
+import sys
 
 import pytest
 
@@ -116,6 +119,32 @@ async def test_a_drain_that_takes_too_long(nats_url: str, redis_url: str, prefix
         assert await hearth(it, "drain", "nobody") == 1
         says = "hearth: No worker or server has an id that begins with 'nobody'; there are: w1, s1.\n"
         assert capsys.readouterr().err == says
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shows", "says"),
+    [
+        (["drain", "w1"], b"w1: 1 request", b"w1 goes on draining; hearth drain w1 --undo takes that back."),
+        (["migrate", "a"], b"a: loading", b"a goes on moving; hearth requests shows where it is."),
+    ],
+)
+async def test_ctrl_c_leaves_the_work_running_and_says_so(
+    nats_url: str, redis_url: str, prefix: str, arguments: list[str], shows: bytes, says: bytes
+) -> None:
+    async with cluster(nats_url, redis_url, prefix) as it:
+        await Worker(it, "w1", runs=[running("a", "w1")]).start()
+        await Scheduler(it, [Moving(phase="loading")]).start()
+        process = await asyncio.create_subprocess_exec(
+            *[sys.executable, "-P", "-m", "services", *arguments, "--url", it.url],
+            env={name: value for name, value in os.environ.items() if not name.startswith("HEARTH_")},
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        assert process.stderr is not None
+        assert shows in await process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        out, err = await process.communicate()
+        assert (process.returncode, out, err) == (130, b"", b"hearth: " + says + b"\n")
 
 
 async def test_ps_shows_what_drains_and_what_moves(nats_url: str, redis_url: str, prefix: str, capsys: Capture) -> None:
