@@ -58,8 +58,9 @@ def destinations(
         if at not in ("", replica.worker_id):
             continue
         taken = promised.get(id, 0)
-        free = max(0, replica.slots - replica.running - taken)
-        refused = _refusal(cluster, source, replica) or ("" if free > 0 else FULL)
+        refused = _refusal(cluster, source, replica)
+        free = 0 if refused else max(0, replica.slots - replica.running - taken)
+        refused = refused or ("" if free > 0 else FULL)
         found.append(Destination(id, replica.worker_id, replica.slots, free, taken, refused, id in soured))
     return sorted(found, key=lambda one: (bool(one.refused), *one.score()))
 

@@ -290,11 +290,11 @@ class Moves:
     def _claim(self, move: OpenMove, ids: frozenset[str]) -> None:
         """These requests are in this move now, whatever another one wanted with them."""
         for other in self._all():
-            if other is move:
+            lost = ids.intersection(other.named())
+            if other is move or not lost:
                 continue
-            for id in [id for id in other.ids if id in ids]:
-                other.ids.remove(id)
-                other.refused = conflict(f"Request {id} is being moved already.")
+            other.refused = conflict(f"Request {min(lost)} is being moved already.")
+            other.ids = [id for id in other.ids if id not in ids]
             for leg in list(other.legs.values()):
                 leg.request_ids = tuple(id for id in leg.request_ids if id not in ids)
                 for id in [id for id in leg.open_at if id in ids]:
@@ -435,6 +435,7 @@ class Moves:
                 todo -= requests
         if not todo:
             return
+        found = self._found(source, now, at=move.want.to_worker_id)  # what was free is promised now
         if move.drains:
             self._defer(move, texts(found), now, out)
         elif move.want.reason is MigrationReason.KV_MEMORY:
