@@ -29,6 +29,9 @@ from simulator.worker import ModelWorker
 
 COMMANDER: Final = "commander"
 REPLICA_MEMORY_BYTES: Final = 100
+# After the end of the last stream: what a dead gateway has left in the queue is tried a few times by the workers.
+CLEARED_S: Final = 120.0
+QUIET_S: Final = 12.0  # and after that, the slowest timer (a destination whose source is silent) clears away
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,17 +205,23 @@ class Cluster:
 
     # -- the end
 
-    def settle(self, seconds: float, deployments: tuple[str, ...]) -> None:
-        """The faults have ceased. Time passes, until every stream is over and for `seconds` more; every deployment is
-        given a replica that answers."""
-        until = self.kernel.now + self.shape.budget_s + 60.0
-        while self.kernel.now < until and self._open():
+    def settle(self, deployments: tuple[str, ...]) -> None:
+        """The faults have ceased. Time passes until nothing is left to do, or should not be; every deployment is given
+        a replica that answers."""
+        kernel = self.kernel
+        until = kernel.now + self.shape.budget_s + 60.0
+        while kernel.now < until and self._open():
             self._replace(deployments)
-            self.kernel.run(self.kernel.now + 1.0)
-        left_s = seconds
-        while left_s > 0:
-            self.kernel.run(self.kernel.now + 1.0)
-            left_s -= 1.0
+            kernel.run(kernel.now + 1.0)
+        until = kernel.now + CLEARED_S
+        while kernel.now < until and self._busy():
+            self._replace(deployments)
+            kernel.run(kernel.now + 1.0)
+        kernel.run(kernel.now + QUIET_S)
+
+    def _busy(self) -> bool:
+        living = [worker for worker in self.workers.values() if worker.process.alive]
+        return bool(self.queue.left) or any(worker.core.runs for worker in living)
 
     @property
     def migrations_ended(self) -> list[MigrationEnded]:

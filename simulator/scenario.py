@@ -22,7 +22,6 @@ from simulator.network import Rough
 T = TypeVar("T")
 
 WARM_UP_S: Final = 1.0
-QUIET_S: Final = 30.0  # after the last stream's end: until the slowest timer has cleared its own leftovers away
 DEPLOYMENTS: Final = ("demo", "other")
 ENGINE_FAILURE: Final = Failure(code=Code.OUT_OF_MEMORY, message="The engine ran out of memory.")
 
@@ -82,7 +81,7 @@ class Scenario:
         self._trouble(busy_s)
         kernel.run(WARM_UP_S + busy_s + 4.0)
         self._cease()
-        cluster.settle(QUIET_S, self.deployments)
+        cluster.settle(self.deployments)
         cluster.check_over()
         cluster.end()
         return self._result()

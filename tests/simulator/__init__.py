@@ -1,0 +1,1 @@
+"""The simulator: its models, and the runs of production cores in it."""
