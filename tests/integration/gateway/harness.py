@@ -147,9 +147,11 @@ class Cluster:
     gateway: asyncio.Task[None]
     demands: list[Demand] = field(default_factory=list)
 
-    async def deploy(self, name: str = "m", *, checkpoint: Checkpoint | None = CHECKPOINT, **spec: Any) -> str:
+    async def deploy(
+        self, name: str = "m", *, checkpoint: Checkpoint | None = CHECKPOINT, ack_wait_s: float = 1.0, **spec: Any
+    ) -> str:
         """Register a deployment as the scheduler would; its slug."""
-        await self.bus.ensure_queue(slug(name), ack_wait_s=1.0)
+        await self.bus.ensure_queue(slug(name), ack_wait_s=ack_wait_s)
         record = DeploymentRecord(
             spec=DeploymentSpec(name=name, source=Source(url="/nowhere"), **spec),
             slug=slug(name),
