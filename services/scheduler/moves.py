@@ -230,8 +230,8 @@ class Moves:
         ids = event.request_ids[: leg.slots]
         if not move.whole:
             ids = tuple(id for id in ids if id in leg.request_ids)
+        self._claim(move, leg, frozenset(ids))
         leg.open_at = dict.fromkeys(ids, now)
-        self._claim(move, frozenset(ids))
         if not move.whole:
             self._put_back(move, leg, [id for id in leg.request_ids if id not in leg.open_at], now)
         elif not ids:
@@ -287,19 +287,18 @@ class Moves:
             if move.load_id == replica_id:
                 move.load_failure = failure
 
-    def _claim(self, move: OpenMove, ids: frozenset[str]) -> None:
-        """These requests are in this move now, whatever another one wanted with them."""
+    def _claim(self, move: OpenMove, leg: Leg, ids: frozenset[str]) -> None:
+        """These requests are in this leg now, whatever another move, or an earlier leg whose end was lost, says."""
         for other in self._all():
             lost = ids.intersection(other.named())
-            if other is move or not lost:
-                continue
-            other.refused = conflict(f"Request {min(lost)} is being moved already.")
-            other.ids = [id for id in other.ids if id not in ids]
-            for leg in list(other.legs.values()):
-                leg.request_ids = tuple(id for id in leg.request_ids if id not in ids)
-                for id in [id for id in leg.open_at if id in ids]:
-                    del leg.open_at[id]
-                other.settle(leg)
+            if other is not move and lost:
+                other.refused = conflict(f"Request {min(lost)} is being moved already.")
+                other.ids = [id for id in other.ids if id not in ids]
+            for one in [one for one in other.legs.values() if one is not leg]:
+                one.request_ids = tuple(id for id in one.request_ids if id not in ids)
+                for id in ids.intersection(one.open_at):
+                    del one.open_at[id]
+                other.settle(one)
 
     def _put_back(self, move: OpenMove, leg: Leg, ids: list[str], now: float) -> None:
         """The source left these out: those that migrate already are followed, the others are asked for again."""
@@ -437,7 +436,7 @@ class Moves:
             return
         found = self._found(source, now, at=move.want.to_worker_id)  # what was free is promised now
         if move.drains:
-            self._defer(move, texts(found), now, out)
+            self._defer(move, texts(found), todo, out)
         elif move.want.reason is MigrationReason.KV_MEMORY:
             move.give_up(Failure(code=Code.BUSY, message=f"No other replica has a free slot: {texts(found)}."))
         else:
@@ -498,7 +497,7 @@ class Moves:
                 return
         elif loading:
             move.phase = "loading"
-            self._defer(move, "a destination is loading", now, out)
+            self._defer(move, "a destination is loading", move.open_requests(), out)
             return
         if move.phase == "loading":
             move.phase, move.patient_until = "placing", now + self._rules.move_patience_s
@@ -580,9 +579,9 @@ class Moves:
             move.give_up(failure)
             return
         self.wake = min(self.wake, move.patient_until, max(move.place_at, now + LOOK_S))
-        self._defer(move, failure.message, now, out)
+        self._defer(move, failure.message, move.open_requests(), out)
 
-    def _defer(self, move: OpenMove, reasons: str, now: float, out: list[Action]) -> None:
+    def _defer(self, move: OpenMove, reasons: str, requests: int, out: list[Action]) -> None:
         """Say why a move waits, once for each phase."""
         if move.deferred != move.phase:
             move.deferred = move.phase
@@ -591,7 +590,7 @@ class Moves:
                 "reason": move.want.reason.value,
                 "deployment": move.deployment,
                 "phase": move.phase,
-                "requests": move.open_requests(),
+                "requests": requests,
                 "reasons": reasons,
             }
             out.append(Note("move.deferred", facts))
