@@ -66,14 +66,27 @@ from services.gateway.events import (
     Settle,
     Unqueue,
 )
+from services.gateway.outcomes import (
+    account,
+    deleted,
+    endless,
+    guilty,
+    let_be,
+    on_trial,
+    overdue,
+    refused,
+    too_many,
+    with_owners,
+    worn_out,
+)
 from services.gateway.ownership import GONE, REPLACED, Call, Grant, Live, State, grant, judge, replace_message
 from services.gateway.reminders import Reminders
 from services.gateway.suspects import Suspects
 from services.gateway.waiting import Waiting
 from services.gateway.watch import Owner, Watch
 from shared.backoff import delay_s
-from shared.contracts.generation import End, Frame, FrameBatch, GivenBack, Ledger, Usage
-from shared.contracts.requests import Cancel, Claim, Claimed, Gone, Holds, Owned, Request, Unwanted
+from shared.contracts.generation import End, Frame, FrameBatch, GivenBack
+from shared.contracts.requests import Cancel, Claim, Claimed, Gone, Holds, Owned, Unwanted
 from shared.errors import Code, Failure
 
 __all__ = [
@@ -94,6 +107,7 @@ class Config:
     token, its end may be lost. `check_s`, `lost_after_s`, `quiet_s`: see `watch`. `settle_s`: how long after the bus
     came back others may still be on their way, and after a claim its answer. `reclaim_s`: how long an interrupted
     request waits for its next claim until its message is looked for, at first; `reclaim_most_s` at most.
+    `patience_s`: how long a stream that has begun and lost its owner outlives a passing failure of its deployment.
     """
 
     max_deliveries: int = 5
@@ -106,6 +120,7 @@ class Config:
     settle_s: float = 2.0
     reclaim_s: float = 2.0
     reclaim_most_s: float = 10.0
+    patience_s: float = 60.0
     remind_s: float = 0.5
     inform_s: float = 0.2
     progress_fresh_s: float = 2.0
@@ -182,12 +197,11 @@ class GatewayCore:
             case ProgressArrived(progress=progress):
                 out.extend(self._waiting.progressed(progress, now))
             case DeploymentGone(deployment=deployment):
-                gone = Failure(code=Code.UNKNOWN_MODEL, message=f"The model {deployment!r} was deleted.", param="model")
                 for call in [call for call in self._calls.values() if call.deployment == deployment]:
-                    self._fail_call(call, gone, now, out)
+                    self._fail_call(call, deleted(deployment), now, out)
             case DeploymentFailed(deployment=deployment, failure=failure):
                 for call in [call for call in self._calls.values() if call.deployment == deployment]:
-                    if any(live.state is not State.STREAMING for live in call.open.values()):
+                    if any(self._in_vain(live, failure, now) for live in call.open.values()):
                         self._fail_call(call, failure, now, out)
             case Disconnected():
                 self._bus_away = True
@@ -247,13 +261,12 @@ class GatewayCore:
         count = len(event.requests)
         open_now = self._open_by_slug.get(event.slug, 0)
         if open_now + count > event.queue_limit:
-            message = f"The queue of {event.deployment!r} has its limit of {event.queue_limit} requests."
-            failure = Failure(code=Code.QUEUE_FULL, message=message, retry_after_s=1.0)
+            failure = too_many(event.deployment, event.queue_limit)
             self._admitted += count
             self._ended += count
             out.append(Fail(event.call_id, failure))
             for request in event.requests:
-                out.append(_refused(request, failure))
+                out.append(refused(request, failure))
             return
         call = Call(
             call_id=event.call_id,
@@ -274,6 +287,13 @@ class GatewayCore:
         self._open_by_slug[call.slug] = open_now + count
         if call.stream:
             out.extend(self._waiting.add(call, now))
+
+    def _in_vain(self, live: Live, failure: Failure, now: float) -> bool:
+        """Whether a request would wait in vain. One that has begun is worth some patience: what is wrong may pass."""
+        if live.state is State.STREAMING:
+            return False
+        begun = live.first_at is not None and live.lost_at is not None and failure.kind.retryable
+        return not (begun and now - (live.lost_at or 0.0) < self._config.patience_s)
 
     def _published(self, request_id: str, attempt: int, sequence: int, now: float, out: list[Action]) -> None:
         live = self._live.get(request_id)
@@ -318,23 +338,24 @@ class GatewayCore:
             return GONE
         call = live.call
         if now >= call.deadline_at:
-            self._fail_call(call, _overdue(now - call.admitted_at), now, out)
+            self._fail_call(call, overdue(now - call.admitted_at), now, out)
             return GONE
         kind = judge(live, claim)
         if not isinstance(kind, Grant):
             return kind
         if kind is not Grant.AGAIN:
+            if kind is Grant.RECOVERY and self._is_alive(live, claim, now):
+                return let_be()
             held_s = now - live.owned_at
             if live.state is State.STREAMING and (kind is Grant.RECOVERY or held_s >= self._config.proof_s):
                 self._suspects.stopped(call.slug, live.request_id, held_s)
             if kind in (Grant.FIRST, Grant.RECOVERY):
                 if live.recoveries >= self._config.max_recoveries:
-                    message = f"The request was resumed {live.recoveries} times and is not resumed again."
                     self._leave_owner(live, now)
-                    self._fail_call(call, Failure(code=Code.WORKER_LOST, message=message), now, out)
+                    self._fail_call(call, worn_out(live.recoveries), now, out)
                     return GONE
                 if not self._suspects.may_try(call.slug, live.request_id, now):
-                    return _on_trial(self._suspects.losses(live.request_id))
+                    return on_trial(self._suspects.losses(live.request_id))
             if kind is Grant.RECOVERY and live.lost_at is None:
                 live.lost_at = now
             self._leave_owner(live, now)
@@ -348,6 +369,12 @@ class GatewayCore:
             waited_s=now - call.admitted_at,
             token_ids=tuple(live.tokens),
         )
+
+    def _is_alive(self, live: Live, claim: Claim, now: float) -> bool:
+        """Whether a message was handed out again though its owner works on it: after the bus was away the queue has
+        missed the owner's signs of life. (The owner itself has let go when it claims a later delivery.)"""
+        heard = now - live.heard_at < self._config.settle_s
+        return live.state is State.STREAMING and live.token != "" and live.worker_id != claim.worker_id and heard
 
     def _leave_owner(self, live: Live, now: float) -> None:
         """The owner until now has nothing to say any more; that is no loss by itself."""
@@ -458,11 +485,7 @@ class GatewayCore:
         """Its owner died; whether it was one too many."""
         if not self._suspects.lost(live.call.slug, live.request_id, now - live.owned_at):
             return False
-        message = (
-            f"{self._config.max_deliveries} workers in a row ended within {self._config.proof_s:.0f} s of taking this "
-            "request; it is not tried again."
-        )
-        self._fail_call(live.call, Failure(code=Code.WORKER_LOST, message=message), now, out)
+        self._fail_call(live.call, guilty(self._config.max_deliveries, self._config.proof_s), now, out)
         return True
 
     def _given_back(self, worker_id: str, back: GivenBack, now: float, out: list[Action]) -> None:
@@ -613,25 +636,24 @@ class GatewayCore:
         if end.failure is not None and end.failure.code not in _OWNERS_BUSINESS:
             self._forget(live)
             self._unqueue_returned(live, out)
-            out.append(self._account(live, end.failure.code.value, end.failure, end, now))
+            out.append(account(live, end.failure.code.value, end.failure, end, now))
             self._fail_call(call, end.failure, now, out)
             return
         reason = end.reason
         if end.index != len(live.tokens) or reason is None:
             # Frames are missing, and the worker has acknowledged the queue's message: only a new one can help.
             if live.republished >= self._config.max_republished:
-                message = f"The request was published {live.republished + 1} times and its end was lost each time."
-                self._fail_call(call, Failure(code=Code.WORKER_LOST, message=message), now, out)
+                self._fail_call(call, endless(live.republished + 1), now, out)
                 return
             live.republished += 1
             self._republish(live, now, out)
             return
         self._resumed(live, now, out)
-        end = msgspec.structs.replace(end, ledger=_with_owners(live, end.ledger))
+        end = msgspec.structs.replace(end, ledger=with_owners(live, end.ledger))
         self._forget(live)
         self._unqueue_returned(live, out)
         out.append(Conclude(call.call_id, live.choice, end))
-        out.append(self._account(live, reason.value, None, end, now))
+        out.append(account(live, reason.value, None, end, now))
 
     def _unqueue_returned(self, live: Live, out: list[Action]) -> None:
         """A late end of a request that was given back: nobody needs to be handed it any more."""
@@ -674,7 +696,7 @@ class GatewayCore:
             match kind:
                 case _Timer.BUDGET:
                     call = self._calls[key]
-                    self._fail_call(call, _overdue(now - call.admitted_at), now, out)
+                    self._fail_call(call, overdue(now - call.admitted_at), now, out)
                 case _Timer.HINT:
                     self._hinted[key] = now
                     out.append(Hint(self._hint_owed.pop(key)))
@@ -700,7 +722,7 @@ class GatewayCore:
         for live in list(call.open.values()):
             self._forget(live)
             self._release(live, now, out)
-            out.append(self._account(live, failure.code.value, failure, None, now))
+            out.append(account(live, failure.code.value, failure, None, now))
         self._close(call)
 
     def _release(self, live: Live, now: float, out: list[Action]) -> None:
@@ -733,47 +755,3 @@ class GatewayCore:
     def _close(self, call: Call) -> None:
         self._calls.pop(call.call_id, None)
         self._waiting.remove(call)
-
-    def _account(self, live: Live, reason: str, failure: Failure | None, end: End | None, now: float) -> Account:
-        call = live.call
-        return Account(
-            request_id=live.request_id,
-            deployment=call.deployment,
-            reason=reason,
-            failure=failure,
-            usage=Usage(completion_tokens=len(live.tokens)) if end is None else end.usage,
-            ledger=_with_owners(live, Ledger() if end is None else end.ledger),
-            claims=live.claims,
-            duration_s=now - call.admitted_at,
-            queue_s=None if live.claimed_at is None else live.claimed_at - call.admitted_at,
-            ttft_s=None if live.first_at is None else live.first_at - call.admitted_at,
-        )
-
-
-def _with_owners(live: Live, ledger: Ledger) -> Ledger:
-    """A ledger with what the gateway alone knows: how often the owner changed, and what its client noticed of it."""
-    return msgspec.structs.replace(ledger, migrations=live.migrations, recoveries=live.recoveries, pause_s=live.pause_s)
-
-
-def _on_trial(losses: int) -> Failure:
-    message = f"The request has lost {losses} workers; it is tried when no other such request of its model runs."
-    return Failure(code=Code.BUSY, message=message)
-
-
-def _overdue(seconds: float) -> Failure:
-    return Failure(code=Code.DEADLINE_EXCEEDED, message=f"The request did not finish within {seconds:.0f} seconds.")
-
-
-def _refused(request: Request, failure: Failure) -> Account:
-    return Account(
-        request_id=request.request_id,
-        deployment=request.deployment,
-        reason=failure.code.value,
-        failure=failure,
-        usage=Usage(),
-        ledger=Ledger(),
-        claims=0,
-        duration_s=0.0,
-        queue_s=None,
-        ttft_s=None,
-    )

@@ -3,8 +3,8 @@
 Ownership is an *epoch*: every claim that is granted gets the next one, and only frames of the current one are let
 through. Three kinds of claim:
 
-* by a **delivery** of the queue: the message was handed out (again), so whoever had it before has lost it. A later
-  delivery beats an earlier one, a message that was replaced by another one is gone;
+* by a **delivery** of the queue: the message was handed out (again), so whoever had it before has lost it (unless the
+  core knows better). A later delivery beats an earlier one, a message that was replaced by another one is gone;
 * by **after_epoch**, in a migration: a compare-and-set. Of destination and source, who both may ask, one wins;
 * the **same claim again** (the same delivery, the same `claim_id`), because its answer was lost: the same answer.
 

@@ -132,6 +132,28 @@ def test_a_late_copy_of_an_old_claim_takes_nothing_away() -> None:
     assert bench.delivered == {("a", 0): [0, 1]}
 
 
+def test_a_delivery_by_mistake_does_not_take_a_request_from_an_owner_that_lives() -> None:
+    bench = Bench()
+    bench.begin(tokens=1)
+    bench.do(c.Disconnected())
+    bench.now = 30.0
+    bench.do(c.Reconnected())
+    refused = bench.claim(worker="w2", delivery=2, sequence=17, token="a.2")
+    assert isinstance(refused, Failure)
+    assert refused.code is Code.STALE_EPOCH
+    bench.frame(1)
+    bench.now = 31.0
+    assert isinstance(bench.claim(worker="w2", delivery=3, sequence=17, token="a.3"), Failure)
+    bench.now = 33.0
+    assert bench.own(worker="w2", delivery=4, sequence=17) == 2, "it has been silent for a while"
+
+
+def test_an_owner_that_claims_a_later_delivery_has_let_go_of_the_earlier_one() -> None:
+    bench = Bench()
+    bench.begin(tokens=1)
+    assert bench.own(delivery=2, sequence=17) == 2
+
+
 def test_claim_ids_are_remembered_up_to_a_number() -> None:
     bench = Bench()
     bench.begin()

@@ -280,6 +280,30 @@ def test_a_deployment_that_cannot_be_loaded_ends_the_calls_that_wait_but_not_tho
     assert bench.core.open_requests == 1
 
 
+def test_a_stream_that_has_begun_outlives_a_passing_failure_of_its_deployment() -> None:
+    bench = Bench()
+    bench.begin("a", tokens=1)
+    bench.begin("b", 18)
+    bench.kill()
+    passing = c.DeploymentFailed("m", Failure(code=Code.CHECKPOINT_UNAVAILABLE, message="The store is away."))
+    bench.do(passing)
+    assert [call_id for call_id, _ in bench.failed] == ["b"]
+    bench.until(CONFIG.patience_s)
+    bench.do(passing)
+    assert len(bench.failed) == 1
+    bench.until(CONFIG.patience_s + 1.0)
+    bench.do(passing)
+    assert [call_id for call_id, _ in bench.failed] == ["b", "a"]
+
+
+def test_a_stream_that_has_begun_does_not_wait_for_what_cannot_pass() -> None:
+    bench = Bench()
+    bench.begin("a", tokens=1)
+    bench.kill()
+    bench.do(c.DeploymentFailed("m", Failure(code=Code.UNSUPPORTED, message="It cannot be served.")))
+    assert [call_id for call_id, _ in bench.failed] == ["a"]
+
+
 def test_closing_ends_everything() -> None:
     bench = Bench()
     bench.admit("a")
