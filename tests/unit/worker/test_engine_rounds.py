@@ -130,7 +130,8 @@ def migrate(
         run(destination, heard, *names)
         for number, name in enumerate(names):
             computed[number].append(lengths[number] + cut - heard.ends[name][0].cached_tokens)
-    for number, name in enumerate(names):
+    for number in range(len(hows)):
+        name = f"{number}.{len(CUTS)}"
         assert heard.tokens[name] == undisturbed.tokens[str(number)][HANDED_OVER:]
         same_logprobs(heard.logprobs[name], undisturbed.logprobs[str(number)][HANDED_OVER:])
     for name in others:
@@ -212,7 +213,8 @@ def test_a_round_that_leaves_room_for_one_token_only() -> None:
         assert heard.end(name).reason is EndReason.LENGTH
         assert len(heard.tokens[name]) == 1
         started.submit(f"{engine}.1", prompt_of(1, 62), first_index=3, max_new_tokens=2, sampling=ROUND)
-        assert len(heard.tokens[f"{engine}.1"]) == 2 if heard.end(f"{engine}.1") else False
+        heard.ended(f"{engine}.1")
+        assert len(heard.tokens[f"{engine}.1"]) == 2
         started.close()
 
 
