@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from typing import Any, cast
 
@@ -258,6 +260,61 @@ def test_submission_is_what_the_stepper_gets() -> None:
     heard.ended("a", "b")
     assert [one.stop_token_ids for one in got] == [frozenset({7, 9}), frozenset({9})]
     engine.close()
+
+
+# -- a step that hangs
+
+
+def test_who_looks_sees_since_when_a_step_hangs_and_can_still_submit_and_cancel() -> None:
+    clock, stepper, heard = HandClock(), Gated(), Recorder()
+    entered = threading.Event()
+    wait = stepper.gate.acquire
+
+    class Hanging:
+        def acquire(self, timeout: float) -> None:
+            entered.set()
+            wait(timeout=timeout)
+
+    gate, stepper.gate = stepper.gate, cast(Any, Hanging())
+    engine = ThreadedEngine(stepper, heard, clock=clock)
+    seen = [engine.step_began_at]
+    submit(engine, "a", 30)
+    assert entered.wait(60)
+    clock.now = 140.0  # time passes, the step does not end
+    seen.append(engine.step_began_at)
+    submit(engine, "b", 1)
+    engine.cancel("a")
+    engine.allow_until(1000.0)
+    assert (heard.tokens, heard.ends) == ({}, {}), "nothing can be said before the step has ended"
+    seen.append(engine.step_began_at)
+    gate.release()
+    assert heard.end("a").reason is EndReason.CANCELLED
+    gate.release()
+    assert heard.end("b").reason is EndReason.LENGTH
+    assert [len(heard.tokens[name]) for name in ("a", "b")] == [1, 1]
+    engine.close()
+    assert [*seen, engine.step_began_at] == [None, 100.0, 100.0, None]
+
+
+def test_a_process_whose_step_hangs_for_ever_can_end() -> None:
+    """The thread is a daemon: nobody has to close the engine, which would wait for the step."""
+    script = (
+        "import threading\n"
+        "from services.worker.engine_thread import ThreadedEngine\n"
+        "from services.worker.null_engine import NullStepper\n"
+        "from shared.contracts.requests import Sampling\n"
+        "entered = threading.Event()\n"
+        "class Hanging(NullStepper):\n"
+        "    def step(self):\n"
+        "        entered.set()\n"
+        "        threading.Event().wait()\n"
+        "engine = ThreadedEngine(Hanging(slots=1, max_sequence_tokens=64), print)\n"
+        "engine.submit('a', [1], first_index=0, max_new_tokens=1, sampling=Sampling())\n"
+        "assert entered.wait(60)\n"
+        "assert engine.step_began_at is not None\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
 
 
 # -- the lease's end
