@@ -7,9 +7,9 @@ from typing import Final, TypeVar, assert_never
 
 from services.gateway import events as g
 from services.gateway.core import Config, GatewayCore
-from shared.contracts.requests import Check, Claim, Claimed, Demand, Gone, Request
+from shared.contracts.requests import Check, Claim, Claimed, Demand, Gone, Request, Trial
 from shared.errors import Code, Failure
-from shared.subjects import CANCEL, CHECK, CLAIM, DEMAND, FRAMES, HOLDS, LOAD_PROGRESS
+from shared.subjects import CANCEL, CHECK, CLAIM, DEMAND, FRAMES, HOLDS, LOAD_PROGRESS, TRIAL
 from simulator.clients import Clients
 from simulator.kernel import Kernel
 from simulator.network import QUEUE, Network, Packet, Reply
@@ -48,6 +48,7 @@ class ModelGateway:
         here.serve(CLAIM, self._claim_asked, gateway_id=gateway_id)
         here.serve(HOLDS, lambda holds, reply: post(g.HoldsAsked(holds, reply)), gateway_id=gateway_id)
         here.subscribe(FRAMES, lambda batch: post(g.FramesArrived(batch)), gateway_id=gateway_id)
+        here.subscribe(TRIAL, self._trial_heard, gateway_id="*")
         here.subscribe(LOAD_PROGRESS, lambda progress: post(g.ProgressArrived(progress)), slug="*")
 
     # -- what may happen to it
@@ -75,9 +76,12 @@ class ModelGateway:
             self._clients.leave(call_id)
             self.process.post(g.ClientLeft(call_id))
 
-    def reconnected(self) -> None:
-        """Its bus was away and is back."""
+    def disconnected(self) -> None:
+        """It notices that its bus is away."""
         self.process.post(g.Disconnected())
+
+    def reconnected(self) -> None:
+        """Its bus is back."""
         self.process.post(g.Reconnected())
 
     def die(self) -> None:
@@ -94,6 +98,10 @@ class ModelGateway:
             reply(message)
 
         self.process.post(g.ClaimAsked(claim, answer))
+
+    def _trial_heard(self, trial: Trial) -> None:
+        if trial.gateway_id != self.id:
+            self.process.post(g.TrialHeard(trial))
 
     # -- actions → effects
 
@@ -133,6 +141,9 @@ class ModelGateway:
                 here.publish(CANCEL, cancel, worker_id=worker_id)
             case g.Hint(deployment=deployment):
                 here.publish(DEMAND, Demand(deployment=deployment))
+            case g.TellTrial(slug=slug, request_id=request_id, on=on, guilty=guilty):
+                trial = Trial(gateway_id=self.id, slug=slug, request_id=request_id, on=on, guilty=guilty)
+                here.publish(TRIAL, trial, gateway_id=self.id)
             case g.OwnerLost() | g.Resumed():
                 self._kernel.note(self.name, told(action))
             case g.Inform() | g.Account():

@@ -169,6 +169,7 @@ _LEFT_OUT: Final = frozenset(
     {
         "prompt",
         "sampling",
+        "token_id",
         "ledger",
         "reply",
         "loaded",

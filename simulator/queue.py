@@ -145,6 +145,14 @@ class WorkQueue:
         if message is not None and message.pending:
             self._wait(message, self.ack_wait_s)
 
+    def restart(self) -> None:
+        """The server ends and begins anew: messages, deliveries and the lines stay, pull requests go."""
+        for consumer in self._consumers.values():
+            for request in consumer.pulls:
+                if request.timer is not None:
+                    request.timer.cancel()
+            consumer.pulls.clear()
+
     # -- inside
 
     def _consumer(self, slug: str) -> _Consumer:

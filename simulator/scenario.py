@@ -61,6 +61,7 @@ class Scenario:
         self._calls: list[tuple[str, str]] = []
         self._done: dict[str, int] = {}
         self._names = 0
+        self._over = False
 
     def run(self) -> Result:
         """Live through all of it. Raises AssertionError where an invariant breaks."""
@@ -83,6 +84,7 @@ class Scenario:
         self._cease()
         cluster.settle(self.deployments)
         cluster.check_over()
+        self._over = True
         cluster.end()
         return self._result()
 
@@ -91,8 +93,8 @@ class Scenario:
     def _worker(self, worker_id: str) -> None:
         dice = self.dice
         speeds = self.speeds.get(worker_id) or Speeds(
-            step_s=dice.choice((0.02, 0.1, 0.4)),
-            prefill_token_s=dice.choice((0.0005, 0.005)),
+            step_s=dice.choice((0.02, 0.05, 0.1, 0.4, 1.2)),
+            prefill_token_s=dice.choice((0.0005, 0.005, 0.05)),
             slice_tokens=dice.choice((8, 64)),
         )
         self.speeds[worker_id] = speeds
@@ -116,6 +118,7 @@ class Scenario:
             self._kill_engines,
             self._drain,
             self._drain_by_operator,
+            self._restart_bus,
         )
         for _ in range(dice.choice((0, 1, 1, 2, 3, 5))):
             self._soon(busy_s, dice.choice(kinds))
@@ -135,7 +138,7 @@ class Scenario:
             return
         gateway_id, deployment = dice.choice(gateways), dice.choice(self.deployments)
         requests = tuple(self._make(gateway_id, deployment) for _ in range(dice.choice((1, 1, 1, 2))))
-        budget_s = dice.choice((120.0, 120.0, 120.0, 3.0))
+        budget_s = dice.choice((120.0, 120.0, 120.0, 120.0, 120.0, 120.0, 3.0))
         self._calls.append((gateway_id, cluster.call(gateway_id, deployment, *requests, budget_s=budget_s)))
 
     def _make(self, gateway_id: str, deployment: str) -> Request:
@@ -200,7 +203,7 @@ class Scenario:
 
     def _restart(self, worker_id: str) -> None:
         """A dead worker is started again: with its id, or a new one."""
-        if self.cluster.workers[worker_id].process.alive:
+        if self._over or self.cluster.workers[worker_id].process.alive:
             return
         if self.dice.random() < 0.4:
             self._names += 1
@@ -259,6 +262,8 @@ class Scenario:
         cluster.losses += 1
         one, held = dice.choice(living), dice.random() < 0.4
         cluster.network.cut(one.name, held=held)
+        if not held and dice.random() < 0.5:
+            one.disconnected()
 
         def mend() -> None:
             if cluster.network.is_cut(one.name):
@@ -267,6 +272,25 @@ class Scenario:
                     one.reconnected()
 
         self.kernel.after(dice.choice((0.2, 2.0, 8.0)), mend)
+
+    def _restart_bus(self) -> None:
+        """The bus ends and comes back: what was on its way is lost, all connect anew, the queue keeps its own."""
+        cluster = self.cluster
+        cluster.losses += 1
+        everybody = [one for one in cluster.everybody if one.process.alive and not cluster.network.is_cut(one.name)]
+        for one in everybody:
+            cluster.network.cut(one.name, held=False)
+            one.disconnected()
+        cluster.queue.restart()
+
+        def mend() -> None:
+            for one in everybody:
+                if cluster.network.is_cut(one.name):
+                    cluster.network.mend(one.name)
+                    if one.process.alive:
+                        one.reconnected()
+
+        self.kernel.after(self.dice.choice((0.3, 3.0)), mend)
 
     def _kill_engines(self) -> None:
         worker_id = self._living_worker()
@@ -282,7 +306,7 @@ class Scenario:
         worker_after = self.cluster.shape.drain_s + 3.0
 
         def restart() -> None:
-            if worker.process.alive and worker.drained and self.cluster.workers[worker_id] is worker:
+            if worker.process.alive and worker.drained and not self._over and self.cluster.workers[worker_id] is worker:
                 self.cluster.leave_worker(worker_id)
                 self._restart(worker_id)
 

@@ -93,11 +93,14 @@ class ModelWorker:
         """SIGTERM."""
         self.process.post(e.DrainAsked())
 
+    def disconnected(self) -> None:
+        """It notices that its bus is away."""
+        self.process.post(e.BusLost())
+
     def reconnected(self) -> None:
-        """Its bus was away and is back."""
+        """Its bus is back."""
         for puller in self._pullers.values():
             puller.ask_again()
-        self.process.post(e.BusLost())
         self.process.post(e.BusBack())
 
     def die(self) -> None:

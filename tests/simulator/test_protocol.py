@@ -36,8 +36,7 @@ def start(*arguments: str, hash_seed: str = "0") -> subprocess.Popen[str]:
 def test_a_thousand_runs_keep_every_invariant() -> None:
     share = RUNS // PROCESSES
     running = [start("--seeds", str(share * part), str(share * (part + 1))) for part in range(PROCESSES)]
-    for process in running:
-        said, complained = process.communicate()
+    for process, (said, complained) in [(process, process.communicate()) for process in running]:
         assert process.returncode == 0, complained
         totals = {name: int(count) for count, name in re.findall(r"(\d+) (\w+)", said)}
         # The runs are worth something: streams end well, migrations succeed and fail.
