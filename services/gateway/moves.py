@@ -32,12 +32,11 @@ from shared.contracts.migration import (
     RunningRequest,
 )
 from shared.contracts.records import Phase, ReplicaRecord, ServerRecord, WorkerRecord
-from shared.errors import Code, Failure, HearthError
+from shared.errors import Code, HearthError
 from shared.subjects import DRAIN, LIST_REQUESTS, MOVE
 
 POLL_S: Final = 0.5
 AWAY_S: Final = 10.0  # a scheduler or worker that restarts is back within this; the record of a dead worker is gone
-AWAY: Final = (Code.UNAVAILABLE, Code.DRAINING)
 AT_ONCE: Final = 64  # workers that are asked at the same time
 DRAIN_WAIT_S: Final = 300.0
 MOST_WAIT_S: Final = 86_400.0
@@ -156,15 +155,15 @@ def owner(request_id: str, running: Sequence[RunningRequest], silent: Sequence[s
 
 def outcome(request_id: str, moved: Moved) -> MigrationEnded:
     """How the migration of one request ended. Raises `HearthError` if it did not move and still runs where it was."""
-    for ended in moved.ended:
-        if ended.request_id == request_id:
-            break
-    else:
+    mine = [ended for ended in moved.ended if ended.request_id == request_id]
+    if mine and mine[-1].outcome is not MigrationOutcome.ABORTED:
+        return mine[-1]
+    failure = (mine[-1].failure if mine else None) or moved.failure
+    if failure is None and not mine:
         raise HearthError(Code.NOT_FOUND, f"Request {request_id!r} was over before it could move.", param="request")
-    if ended.outcome is not MigrationOutcome.ABORTED:
-        return ended
-    failure = ended.failure or Failure(code=Code.BUSY, message="No reason was given.")
-    message = f"Request {request_id!r} did not move and goes on at {ended.source_worker_id}: {failure.message}"
+    failure = failure or Failure(code=Code.BUSY, message="No reason was given.")
+    where = f" and goes on at {mine[-1].source_worker_id}" if mine else ""
+    message = f"Request {request_id!r} did not move{where}: {failure.message}"
     raise HearthError.of(msgspec.structs.replace(failure, message=message))
 
 
@@ -231,6 +230,7 @@ class Moves:
             move_id=secrets.token_hex(8),
             from_worker_id=found.worker_id,
             request_ids=(request_id,),
+            replica_id=found.replica_id,
             to_worker_id=to or "",
             reason=MigrationReason.OPERATOR,
             wait_s=POLL_S,
@@ -244,7 +244,7 @@ class Moves:
                 # What has begun is not given up because the scheduler is being restarted.
                 now = time.monotonic()
                 away_since = away_since or now
-                if not begun or error.failure.code not in AWAY or now - away_since > AWAY_S:
+                if not begun or not _away(error) or now - away_since > AWAY_S:
                     raise _named(error, "The scheduler") from error
                 await asyncio.sleep(POLL_S)
                 continue
@@ -395,6 +395,11 @@ async def _each(worker_ids: Iterable[str], work: Callable[[str], Awaitable[None]
 def _unanswered(error: HearthError) -> bool:
     """Whether these are the bus's own words: a peer that says it is unavailable has answered."""
     return error.failure.code is Code.UNAVAILABLE and error.__cause__ is not None
+
+
+def _away(error: HearthError) -> bool:
+    """Whether somebody who is being restarted did not answer, or said so."""
+    return error.failure.code is Code.DRAINING or _unanswered(error)
 
 
 def _named(error: HearthError, who: str) -> HearthError:

@@ -196,7 +196,7 @@ async def test_a_migration_is_followed_to_its_end(
         assert len({move.move_id for move in scheduler.asked}) == 1, "one move, asked for again"
         move = scheduler.asked[0]
         assert (move.from_worker_id, move.request_ids, move.to_worker_id) == ("w1", ("a",), to)
-        assert (move.reason, move.replica_id, move.most) == (MigrationReason.OPERATOR, "", 0)
+        assert (move.reason, move.replica_id, move.most) == (MigrationReason.OPERATOR, "r1", 0)
         scheduler.answers = [steps[0], Moved(ended=(ended(),))]
         status, answer = await post(it, f"{REQUESTS}/a/migrate", body)
         assert (status, answer["migrated"]["outcome"]) == (200, "committed")
@@ -226,7 +226,14 @@ async def test_a_migration_that_was_given_up_is_an_error(nats_url: str, redis_ur
             assert error["message"] == "Request 'a' did not move and goes on at w1: The replica has no slot."
         scheduler.answers = [moving, Moved(ended=(ended(MigrationOutcome.ABORTED),))]
         *_, last = await lines_of(it, f"{REQUESTS}/a/migrate")
-        assert last["error"]["code"] == "busy"
+        assert last["error"]["code"] == "busy", "no reason was given, but it goes on where it was"
+        scheduler.answers = [moving, Moved(failure=full)]
+        *_, last = await lines_of(it, f"{REQUESTS}/a/migrate")
+        assert last["error"]["message"] == "Request 'a' did not move: The replica has no slot."
+        late = Failure(code=Code.UNAVAILABLE, message="The move is not over after 120 s.")
+        scheduler.answers = [moving, late]
+        *_, last = await lines_of(it, f"{REQUESTS}/a/migrate")
+        assert last["error"]["message"] == "The move is not over after 120 s.", "a word of the scheduler's is an answer"
         scheduler.answers = [Failure(code=Code.NO_CAPACITY, message="No other worker has room.")]
         status, error = await refused(it, "POST", f"{REQUESTS}/a/migrate", {})
         assert (status, error["message"]) == (503, "No other worker has room.")
