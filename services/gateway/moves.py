@@ -32,7 +32,7 @@ from shared.contracts.migration import (
     RunningRequest,
 )
 from shared.contracts.records import Phase, ReplicaRecord, ServerRecord, WorkerRecord
-from shared.errors import Code, HearthError
+from shared.errors import Code, Failure, HearthError
 from shared.subjects import DRAIN, LIST_REQUESTS, MOVE
 
 POLL_S: Final = 0.5
