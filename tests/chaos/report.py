@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tests.builders.load import BUSY, Outcome
 from tests.chaos.injector import MIGRATE, Happened
-from tests.chaos.load import BUSY, Outcome
 
 SETTLE_S = 1.0  # what was on its way when the fault came still arrives within this
 

@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 from tests.builders.fleet import Fleet
+from tests.builders.load import Load, make_calls
 from tests.builders.models import make_model
 from tests.builders.remains import until_nothing_remains
 from tests.builders.streams import Twins
 from tests.chaos.injector import Injector
-from tests.chaos.load import Load, make_calls
 from tests.chaos.plan import faults
 from tests.chaos.report import Report
 
