@@ -40,6 +40,7 @@ from shared.contracts.requests import (
     Holds,
     Request,
     Running,
+    Trial,
     Unwanted,
 )
 from shared.contracts.residency import (
@@ -132,6 +133,7 @@ CLAIM: Final[Endpoint[Claim, Claimed | Gone]] = Endpoint("v1.gateway.{gateway_id
 FRAMES: Final = Topic("v1.gateway.{gateway_id}.frames", FrameBatch)
 CANCEL: Final = Topic("v1.worker.{worker_id}.cancel", Cancel)
 
+TRIAL: Final = Topic("v1.trials.{gateway_id}", Trial)
 CHECK: Final[Endpoint[Check, Running]] = Endpoint("v1.worker.{worker_id}.check", Check, (Running,), 1.0)
 HOLDS: Final[Endpoint[Holds, Unwanted]] = Endpoint("v1.gateway.{gateway_id}.holds", Holds, (Unwanted,), 1.0)
 
@@ -193,7 +195,7 @@ RECORD_CHANGED: Final = Topic("v1.records.{kind}", RecordChanged)
 EVENTS: Final = Topic("v1.events.{service}", ClusterEvent)
 
 CONVERSATIONS: Final[tuple[Topic[Any] | Endpoint[Any, Any] | WorkQueue[Any], ...]] = (
-    REQUESTS, DEMAND, CLAIM, FRAMES, CANCEL, CHECK, HOLDS, MOVE, MIGRATE, ROUND, HAND_OVER, ABANDON, MIGRATION_ENDED,
-    RELIEF, DRAIN, LIST_REQUESTS, DEPLOY, DELETE, LOAD, STOP, REPLICA_FAILED, INSPECT, IMPORT, ACQUIRE,
+    REQUESTS, DEMAND, CLAIM, FRAMES, CANCEL, TRIAL, CHECK, HOLDS, MOVE, MIGRATE, ROUND, HAND_OVER, ABANDON,
+    MIGRATION_ENDED, RELIEF, DRAIN, LIST_REQUESTS, DEPLOY, DELETE, LOAD, STOP, REPLICA_FAILED, INSPECT, IMPORT, ACQUIRE,
     RENEW, RELEASE, EVICT, CONSUMED, PREFETCH, PIN, VERIFY, EXPORT, LIST, LOAD_PROGRESS, RECORD_CHANGED, EVENTS,
 )  # fmt: skip

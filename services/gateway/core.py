@@ -64,6 +64,8 @@ from services.gateway.events import (
     Reconnected,
     Resumed,
     Settle,
+    TellTrial,
+    TrialHeard,
     Unqueue,
 )
 from services.gateway.outcomes import (
@@ -94,7 +96,8 @@ __all__ = [
     "CheckOwner", "ClaimAsked", "ClientLeft", "Closing", "Conclude", "Config", "Deliver", "DeploymentFailed",
     "DeploymentGone", "Disconnected", "Event", "Fail", "FindMessage", "FramesArrived", "GatewayCore", "GiveBack",
     "Hint", "HoldsAsked", "HoldsHandle", "Inform", "MessageFound", "OwnerChecked", "OwnerLost", "ProgressArrived",
-    "Publish", "PublishFailed", "Published", "Reconnected", "Resumed", "Settle", "State", "Unqueue",
+    "Publish", "PublishFailed", "Published", "Reconnected", "Resumed", "Settle", "State", "TellTrial", "TrialHeard",
+    "Unqueue",
 ]  # fmt: skip
 
 
@@ -190,6 +193,8 @@ class GatewayCore:
                 self._checked(event, now, out)
             case MessageFound(request_id=request_id, sequence=sequence, found=found):
                 self._message_found(request_id, sequence, found, now, out)
+            case TrialHeard(trial=trial):
+                self._suspects.heard(trial.gateway_id, trial.slug, trial.on, trial.guilty, now)
             case ClientLeft(call_id=call_id):
                 call = self._calls.get(call_id)
                 if call is not None:
@@ -214,6 +219,8 @@ class GatewayCore:
                     self._fail_call(call, failure, now, out)
             case _:
                 assert_never(event)
+        for news in self._suspects.take_news():
+            out.append(TellTrial(news.slug, news.request_id, news.on, news.guilty))
         return out
 
     def deadline(self) -> float | None:
@@ -500,7 +507,7 @@ class GatewayCore:
             out.append(OwnerLost(worker_id, "fault", 1))
             if self._guilty(live, now, out):
                 return
-        else:
+        elif was_streaming:
             self._suspects.stopped(live.call.slug, live.request_id, held_s)
         self._arm_reclaim(live, now)
 
@@ -549,8 +556,9 @@ class GatewayCore:
     def _republish(self, live: Live, now: float, out: list[Action]) -> None:
         if live.sequence is not None:
             out.append(Unqueue(live.sequence))
-        self._leave_owner(live, now)
-        self._suspects.stopped(live.call.slug, live.request_id, now - live.owned_at)
+        if live.state is State.STREAMING:
+            self._suspects.stopped(live.call.slug, live.request_id, now - live.owned_at)
+            self._leave_owner(live, now)
         if live.lost_at is None:
             live.lost_at = now
         replace_message(live)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from shared.contracts.generation import End, Frame, FrameBatch, Ledger, Usage
-from shared.contracts.requests import Cancel, Claim, Claimed, Gone, Holds, Owned, Request, Running, Unwanted
+from shared.contracts.requests import Cancel, Claim, Claimed, Gone, Holds, Owned, Request, Running, Trial, Unwanted
 from shared.contracts.residency import LoadProgress, Progress
 from shared.errors import Failure
 
@@ -90,6 +90,13 @@ class MessageFound:
 
 
 @dataclass(frozen=True, slots=True)
+class TrialHeard:
+    """Another gateway tries a suspect, or does so no more."""
+
+    trial: Trial
+
+
+@dataclass(frozen=True, slots=True)
 class ClientLeft:
     """The client closed its connection, or reads too slowly to be served."""
 
@@ -144,6 +151,7 @@ Event = (
     | HoldsAsked
     | OwnerChecked
     | MessageFound
+    | TrialHeard
     | ClientLeft
     | ProgressArrived
     | DeploymentGone
@@ -269,6 +277,16 @@ class Hint:
 
 
 @dataclass(frozen=True, slots=True)
+class TellTrial:
+    """Tell the other gateways that a suspect is tried, or is not any more. `guilty`: it was found out."""
+
+    slug: str
+    request_id: str
+    on: bool
+    guilty: bool
+
+
+@dataclass(frozen=True, slots=True)
 class OwnerLost:
     """Requests lost their owner, for log and metrics.
 
@@ -330,6 +348,7 @@ Action = (
     | Inform
     | CancelWork
     | Hint
+    | TellTrial
     | OwnerLost
     | Resumed
     | Account

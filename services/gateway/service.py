@@ -47,6 +47,8 @@ from services.gateway.events import (
     Reconnected,
     Resumed,
     Settle,
+    TellTrial,
+    TrialHeard,
     Unqueue,
 )
 from services.gateway.openai import Call, expand
@@ -55,7 +57,7 @@ from shared.codec import CodecError
 from shared.contracts.events import RecordChanged
 from shared.contracts.generation import FrameBatch
 from shared.contracts.records import ClusterView, DeploymentRecord, DeploymentState
-from shared.contracts.requests import Check, Claim, Claimed, Demand, Gone, Holds, Request, Unwanted
+from shared.contracts.requests import Check, Claim, Claimed, Demand, Gone, Holds, Request, Trial, Unwanted
 from shared.contracts.residency import LoadProgress
 from shared.driver import Driver
 from shared.errors import Code, Failure, HearthError
@@ -63,7 +65,7 @@ from shared.lifecycle import Context
 from shared.metrics import LATENCY_BUCKETS_S
 from shared.registry import Registry, record_kind
 from shared.settings import GatewaySettings
-from shared.subjects import CANCEL, CHECK, CLAIM, DEMAND, FRAMES, HOLDS, LOAD_PROGRESS, RECORD_CHANGED
+from shared.subjects import CANCEL, CHECK, CLAIM, DEMAND, FRAMES, HOLDS, LOAD_PROGRESS, RECORD_CHANGED, TRIAL
 
 LOOK_INTERVAL_S: Final = 2.0
 
@@ -124,6 +126,7 @@ class Gateway:
         await self.bus.serve(CLAIM, self._claim_asked, gateway_id=me)
         await self.bus.serve(HOLDS, self._holds_asked, gateway_id=me)
         await self.bus.subscribe(FRAMES, self._frames_arrived, gateway_id=me)
+        await self.bus.subscribe(TRIAL, self._trial_heard, gateway_id="*")
         await self.bus.subscribe(LOAD_PROGRESS, self._progress_arrived, slug="*")
         await self.bus.subscribe(RECORD_CHANGED, self._record_changed, kind=record_kind(DeploymentRecord))
         self.bus.on_disconnect(self._disconnected)
@@ -291,6 +294,10 @@ class Gateway:
     def _holds_asked(self, holds: Holds, reply: Reply[Unwanted]) -> None:
         self._driver.post(HoldsAsked(holds, reply))
 
+    def _trial_heard(self, trial: Trial) -> None:
+        if trial.gateway_id != self.gateway_id:  # a topic brings one's own words, too
+            self._driver.post(TrialHeard(trial))
+
     def _progress_arrived(self, progress: LoadProgress) -> None:
         self._driver.post(ProgressArrived(progress))
 
@@ -331,6 +338,10 @@ class Gateway:
             case CancelWork(worker_id=worker_id, cancel=cancel):
                 SUPERSEDED.inc(int(cancel.superseded))
                 self.bus.publish(CANCEL, cancel, worker_id=worker_id)
+            case TellTrial(slug=slug, request_id=request_id, on=on, guilty=guilty):
+                me = self.gateway_id
+                trial = Trial(gateway_id=me, slug=slug, request_id=request_id, on=on, guilty=guilty)
+                self.bus.publish(TRIAL, trial, gateway_id=me)
             case Hint(deployment=deployment):
                 self.bus.publish(DEMAND, Demand(deployment=deployment))
             case OwnerLost():

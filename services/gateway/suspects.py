@@ -6,6 +6,9 @@ request. Who has lost `SUSPECT_LOSSES` owners is a suspect, and suspects of one 
 those who only shared a worker with the guilty one are not there when it strikes again, and live. At `most` losses a
 request is guilty; then the other suspects of its deployment are acquitted, for what happened to them is explained.
 
+Gateways tell each other of their trials, so that they do not try two at once; such a word may be lost, and then the
+worst is that.
+
 Drains, migrations and requests that were given back without fault are no losses.
 """
 
@@ -15,6 +18,7 @@ from dataclasses import dataclass
 from typing import Final
 
 SUSPECT_LOSSES: Final = 2
+MOST_DEPLOYMENTS: Final = 4096
 
 
 @dataclass(slots=True)
@@ -29,6 +33,16 @@ class _Trial:
     until: float
 
 
+@dataclass(frozen=True, slots=True)
+class News:
+    """What the other gateways should know: a suspect is tried (`on`), or no more; `guilty`: it was this one."""
+
+    slug: str
+    request_id: str
+    on: bool
+    guilty: bool = False
+
+
 class Suspects:
     """The losses of open requests. Seconds are monotonic; memory is bounded by the open requests."""
 
@@ -37,6 +51,8 @@ class Suspects:
         self._proof_s = proof_s
         self._losses: dict[str, _Suspicion] = {}
         self._trials: dict[str, _Trial] = {}
+        self._elsewhere: dict[str, dict[str, float]] = {}
+        self._news: list[News] = []
 
     def losses(self, request_id: str) -> int:
         """Owners in a row that this request has lost shortly after their claim."""
@@ -52,17 +68,15 @@ class Suspects:
         found.losses += 1
         if found.losses < self._most:
             return False
-        for other in [key for key, suspicion in self._losses.items() if suspicion.slug == slug and key != request_id]:
-            del self._losses[other]
+        self._acquit(slug)
+        self._news.append(News(slug, request_id, on=False, guilty=True))
         return True
 
     def stopped(self, slug: str, request_id: str, held_s: float) -> None:
         """A request's owner stopped, for whatever reason."""
         if held_s >= self._proof_s:
             self._losses.pop(request_id, None)
-        trial = self._trials.get(slug)
-        if trial is not None and trial.request_id == request_id:
-            del self._trials[slug]
+        self._end_trial(slug, request_id)
 
     def may_try(self, slug: str, request_id: str, now: float) -> bool:
         """Whether a request may have an owner now; a suspect that may is on trial from now on."""
@@ -71,15 +85,45 @@ class Suspects:
         trial = self._trials.get(slug)
         if trial is not None and trial.request_id != request_id and now < trial.until:
             return False
+        if any(now < until for until in self._elsewhere.get(slug, {}).values()):
+            return False
         self._trials[slug] = _Trial(request_id, now + self._proof_s)
+        self._news.append(News(slug, request_id, on=True))
         return True
 
     def forget(self, slug: str, request_id: str) -> None:
         """A request has ended."""
         self._losses.pop(request_id, None)
+        self._end_trial(slug, request_id)
+
+    def heard(self, gateway_id: str, slug: str, on: bool, guilty: bool, now: float) -> None:
+        """Another gateway tries a suspect, or does so no more; it may be lost, so nothing lasts without end."""
+        elsewhere = self._elsewhere.pop(slug, {})
+        elsewhere.pop(gateway_id, None)
+        if on:
+            elsewhere[gateway_id] = now + self._proof_s
+        if guilty:
+            self._acquit(slug)
+        elsewhere = {one: until for one, until in elsewhere.items() if now < until}
+        if elsewhere:
+            self._elsewhere[slug] = elsewhere
+        while len(self._elsewhere) > MOST_DEPLOYMENTS:
+            del self._elsewhere[next(iter(self._elsewhere))]
+
+    def take_news(self) -> list[News]:
+        """What to tell the other gateways, once."""
+        news, self._news = self._news, []
+        return news
+
+    def _acquit(self, slug: str) -> None:
+        for request_id in [key for key, suspicion in self._losses.items() if suspicion.slug == slug]:
+            del self._losses[request_id]
+
+    def _end_trial(self, slug: str, request_id: str) -> None:
         trial = self._trials.get(slug)
         if trial is not None and trial.request_id == request_id:
             del self._trials[slug]
+            self._news.append(News(slug, request_id, on=False))
 
     def known(self) -> list[str]:
         """Every request that something is remembered of, for invariants."""

@@ -164,6 +164,20 @@ class Unwanted(msgspec.Struct, frozen=True, kw_only=True, tag="unwanted", omit_d
     superseded: tuple[str, ...] = ()
 
 
+class Trial(msgspec.Struct, frozen=True, kw_only=True, tag="trial", omit_defaults=True):
+    """Gateway → gateways, a hint: a request that has lost several workers runs now (`on`), or does so no more.
+
+    Suspects of one deployment (by its `slug`) are tried one at a time. `guilty`: it was this one, and the others are
+    acquitted.
+    """
+
+    gateway_id: str
+    slug: str
+    request_id: str
+    on: bool
+    guilty: bool = False
+
+
 class Demand(msgspec.Struct, frozen=True, kw_only=True, tag="demand"):
     """Gateway → scheduler, a hint: a request of this deployment was queued just now."""
 
@@ -172,5 +186,5 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True, tag="demand"):
 
 __all__ = [
     "Cancel", "ChatMessage", "ChatPrompt", "Check", "Claim", "Claimed", "Demand", "Failure", "Gone", "Holds", "Owned",
-    "Prompt", "Request", "Running", "Sampling", "TextPrompt", "TokensPrompt", "Unwanted",
+    "Prompt", "Request", "Running", "Sampling", "TextPrompt", "TokensPrompt", "Trial", "Unwanted",
 ]  # fmt: skip

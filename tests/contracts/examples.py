@@ -132,6 +132,7 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
     requests.Running(requests=(OWNED,)),
     requests.Holds(worker_id="w1", requests=(OWNED,)),
     requests.Unwanted(ended=("r1",), superseded=("r2",)),
+    requests.Trial(gateway_id="g1", slug="m-1", request_id="r1", on=False, guilty=True),
     migration.Move(
         move_id="v1",
         from_worker_id="w1",

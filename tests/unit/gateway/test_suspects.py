@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from services.gateway import core as c
 from services.gateway.suspects import Suspects
-from shared.contracts.requests import Claimed
+from shared.contracts.requests import Claim, Claimed, Trial
 from shared.errors import Code, Failure
 from tests.unit.gateway.bench import CONFIG, Bench, only
 
@@ -64,6 +64,36 @@ def test_migrations_are_no_losses_and_last_as_long_as_they_last() -> None:
     bench.now = CONFIG.proof_s
     bench.claim(worker="w5", after_epoch=31, claim_id="m31")
     assert bench.core._suspects.losses("a") == 0, "it was not the request"
+
+
+def test_other_gateways_hear_of_trials() -> None:
+    bench = Bench()
+    bench.begin()
+    bench.give_back(epoch=1, fault=True)
+    bench.own(delivery=2, sequence=17)
+    assert only(bench.give_back(epoch=2, fault=True), c.TellTrial) == []
+    claim = Claim(request_id="a", worker_id="w1", replica_id="r", delivery=3, token="t", sequence=17)
+    out = bench.do(c.ClaimAsked(claim, lambda _: None))
+    assert only(out, c.TellTrial) == [c.TellTrial("m-1", "a", on=True, guilty=False)]
+    out = bench.give_back(epoch=3, fault=True)
+    assert only(out, c.TellTrial) == [
+        c.TellTrial("m-1", "a", on=False, guilty=False),
+        c.TellTrial("m-1", "a", on=False, guilty=True),
+    ]
+
+
+def test_what_another_gateway_tries_keeps_ours_waiting() -> None:
+    bench = Bench()
+    bench.begin()
+    bench.give_back(epoch=1, fault=True)
+    bench.do(c.TrialHeard(Trial(gateway_id="g2", slug="m-1", request_id="x", on=True)))
+    bench.own(delivery=2, sequence=17)
+    bench.give_back(epoch=2, fault=True)
+    answer = bench.claim(delivery=3, sequence=17, token="t")
+    assert isinstance(answer, Failure)
+    assert answer.code is Code.BUSY
+    bench.do(c.TrialHeard(Trial(gateway_id="g2", slug="m-1", request_id="x", on=False, guilty=True)))
+    assert bench.own(delivery=4, sequence=17) == 3
 
 
 def test_the_innocent_live_and_the_guilty_is_found() -> None:
@@ -132,6 +162,33 @@ def test_suspects_are_tried_one_at_a_time_and_per_deployment() -> None:
     suspects.forget("m", "a")
     assert suspects.may_try("m", "b", 13.0)
     assert suspects.losses("a") == 0
+
+
+def test_gateways_do_not_try_two_suspects_at_once() -> None:
+    here, there = (Suspects(most=4, proof_s=10.0) for _ in range(2))
+
+    def tell(now: float) -> None:
+        for sender, receiver, name in ((here, there, "g1"), (there, here, "g2")):
+            for news in sender.take_news():
+                receiver.heard(name, news.slug, news.on, news.guilty, now)
+
+    for suspects, request_id in ((here, "a"), (there, "b"), (there, "c")):
+        suspects.lost("m", request_id, 1.0)
+        suspects.lost("m", request_id, 1.0)
+    assert here.may_try("m", "a", 0.0)
+    tell(0.0)
+    assert not there.may_try("m", "b", 1.0)
+    here.stopped("m", "a", 1.0)
+    tell(1.0)
+    assert there.may_try("m", "b", 1.0)
+    tell(1.0)
+    assert not here.may_try("m", "a", 10.9)
+    assert here.may_try("m", "a", 11.0), "whoever tells of a trial may die: it counts no longer than it takes"
+    assert not there.lost("m", "b", 1.0)
+    assert there.lost("m", "b", 1.0)
+    tell(12.0)
+    assert (here.losses("a"), there.losses("c")) == (0, 0), "all are acquitted when the guilty one is found"
+    assert here._elsewhere == {}
 
 
 def test_when_the_guilty_one_is_found_the_others_are_acquitted() -> None:
