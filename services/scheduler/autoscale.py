@@ -163,6 +163,10 @@ class Trouble:
         self.rounds += not passing
         self.until = now + delay_s(max(1, self.rounds), first_s=first_s, most_s=most_s)
 
+    def forgive(self) -> None:
+        """Servers that had no room, or did not answer, may be tried again: the others may be full meanwhile."""
+        self.avoid = {server_id: failure for server_id, failure in self.avoid.items() if failure.code not in PASSING}
+
     def rest(self) -> None:
         """The wait is over: every server may be tried again."""
         self.avoid.clear()

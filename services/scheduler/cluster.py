@@ -316,6 +316,10 @@ class Cluster:
             return 0.0
         return replica.idle_s + (now - self._said_at.get(replica.replica_id, now))
 
+    def changed_after(self, replica_id: str, at: float) -> bool:
+        """Whether its record has changed since that monotonic second."""
+        return self._said_at.get(replica_id, at) > at
+
     # -- memory -------------------------------------------------------------------------------------------------
 
     def need(self, record: DeploymentRecord) -> Need:

@@ -561,8 +561,13 @@ class Core:
             trouble.rest()
             out.append(Note("deployment.resumed", {"deployment": name}))
         able = policy.able_servers(self.cluster.need(self.cluster.deployments[name]), self.cluster)
-        if all(one in trouble.avoid for one in able):
+        ago_s = now - trouble.failed_at
+        if all(one in trouble.avoid for one in able) or ago_s >= self.rules.most_backoff_s:
             trouble.rest()
+        elif ago_s >= self.rules.first_backoff_s:
+            trouble.forgive()
+        else:
+            self._wake = min(self._wake, trouble.failed_at + self.rules.first_backoff_s)
         if now - trouble.until >= self.rules.forget_s:
             del self._troubles[name]
 

@@ -76,7 +76,7 @@ class Moves:
         self._wishes = Wishes(rules, cluster)
         self._over: list[MoveOver] = []
         self._outcomes: dict[str, tuple[Move, Moved | Failure, float]] = {}
-        self._landed: list[tuple[str, float]] = []
+        self._landed: list[tuple[str, float]] = []  # (replica, when), until the replica's record can show it
         self._soured: dict[str, float] = {}
 
     def check(self) -> None:
@@ -320,7 +320,7 @@ class Moves:
         move.ended[id] = message
         match message.outcome:
             case MigrationOutcome.COMMITTED:
-                self._landed.append((leg.replica_id, now + LANDED_S))
+                self._landed.append((leg.replica_id, now))
                 if move.drains and not leg.open_at:
                     move.again_at = now + self._rules.move_retry_s  # the record may still count those that have left
             case MigrationOutcome.ABORTED:
@@ -361,10 +361,12 @@ class Moves:
         return over
 
     def _forget(self, now: float) -> None:
-        self._landed = [one for one in self._landed if one[1] > now]
+        self._landed = [
+            (id, at) for id, at in self._landed if at + LANDED_S > now and not self._cluster.changed_after(id, at)
+        ]
         self._soured = {id: until for id, until in self._soured.items() if until > now}
         self._outcomes = {id: known for id, known in self._outcomes.items() if known[2] > now}
-        self.wake = min(self._wishes.forget(now), min((until for _, until in self._landed), default=math.inf))
+        self.wake = min(self._wishes.forget(now), min((at + LANDED_S for _, at in self._landed), default=math.inf))
 
     def _advance(self, move: OpenMove, now: float, out: list[Action]) -> None:
         source = self._cluster.replicas.get(move.replica_id)
@@ -643,7 +645,7 @@ class Moves:
 
     def _found(self, source: ReplicaRecord, now: float, *, at: str = "") -> list[Destination]:
         """Where requests of this replica could go, best first."""
-        landed = [id for id, until in self._landed if until > now]
+        landed = [id for id, _ in self._landed]
         soured = frozenset(id for id, until in self._soured.items() if until > now)
         return destinations(self._cluster, source, promised(self._all(), landed, self._cluster), soured, at=at)
 

@@ -309,6 +309,21 @@ def test_a_worker_that_is_full_or_away_never_makes_a_deployment_fail() -> None:
     assert desk.deployments["m"].failure is None
 
 
+def test_a_server_that_did_not_answer_is_tried_again_although_others_could_have_been() -> None:
+    desk = small(max_replicas=2)
+    desk.add(picture.server("b"), picture.worker("b0", memory=450))
+    desk.wait(1.0)
+    desk.queue("m", 2)
+    desk.hint("m")
+    desk.wait(0.2)
+    first, second = desk.take(CommandLoad)
+    desk.shows(first.message, "a0", ReplicaState.READY, running=1)
+    desk.tell(LoadRefused(second.message.replica_id, AWAY))
+    assert desk.take(CommandLoad) == []
+    desk.wait(1.1)
+    assert desk.only(CommandLoad).worker_id == "b0"
+
+
 def test_a_replica_that_vanishes_while_loading_counts_as_failed_even_without_a_word() -> None:
     desk = small()
     desk.queue("m", 1)

@@ -116,8 +116,8 @@ class World:
         self.desk.replicas[id] = msgspec.structs.replace(record, running=running)
         self.hint("replica", id)
 
-    def show_worker(self, on: str) -> None:
-        """A worker's record lists what leaves it."""
+    def show_worker(self, on: str, *, told: bool = True) -> None:
+        """A worker's record lists what leaves it; without a word it is a heartbeat."""
         replicas = self.desk.replicas
         migrations = tuple(
             MigrationInFlight(
@@ -132,7 +132,8 @@ class World:
             if replicas[one.source].worker_id == on
         )
         self.desk.workers[on] = msgspec.structs.replace(self.desk.workers[on], migrations=migrations)
-        self.hint("worker", on)
+        if told:
+            self.hint("worker", on)
 
     def hint(self, kind: str, id: str, *, deleted: bool = False) -> None:
         """Said, or lost."""
@@ -252,6 +253,8 @@ class World:
             self.end(one, to.worker_id, outcome)
         for id, record in list(desk.replicas.items()):
             self.work(id, record)
+        for on in desk.workers:
+            self.show_worker(on, told=False)
         self.count()
 
     def work(self, id: str, record: ReplicaRecord) -> None:
