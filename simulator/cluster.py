@@ -6,6 +6,7 @@ passes, and nothing may be left over.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -66,6 +67,7 @@ class Cluster:
         self.losses = 0  # faults that may cost a request an owner
         self._lives: dict[str, int] = {}
         self._speeds: dict[str, Speeds] = {}
+        self.struck: Callable[[str], None] = lambda worker_id: None  # hears whom a poisonous request has killed
         self._replicas = 0
         self._migrations_ended: list[MigrationEnded] = []
         self._calls = 0
@@ -117,6 +119,7 @@ class Cluster:
             kv_tokens=shape.kv_tokens,
             heard=self.clients.spoken,
             migrated=self._migrations_ended.append,
+            struck=lambda: self._strike(worker_id),
         )
         self.workers[worker_id] = worker
         return worker
@@ -187,6 +190,10 @@ class Cluster:
         self.losses += 1
         self.workers[worker_id].die()
         self.network.mend(self.workers[worker_id].name)
+
+    def _strike(self, worker_id: str) -> None:
+        self.kill_worker(worker_id)
+        self.struck(worker_id)
 
     def leave_worker(self, worker_id: str) -> None:
         """A drained process ends."""

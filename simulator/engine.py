@@ -11,7 +11,7 @@ one token. The KV cache keeps prefixes in blocks, and shares them: a prefill com
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Final
@@ -32,6 +32,7 @@ from shared.errors import Code, Failure, HearthError
 from simulator.kernel import Kernel
 
 EOS: Final = 0
+POISON: Final = 0x2620  # in a prompt: a step with it kills the process
 NO_SEED: Final = 0  # of sequences that are prefilled for their KV cache only: nobody gets their tokens
 HALF: Final = 1  # half a character: its text comes with the next token
 BLOCK_TOKENS: Final = 4
@@ -178,16 +179,26 @@ class _Sequence:
     begun: bool = False
     computed: int = 0
     cached: int = 0
+    poison: bool = False
 
 
 class ModelEngine:
-    """See `Engine`, and the module. `sink` is called at the virtual second at which a step ends."""
+    """See `Engine`, and the module. `sink` is called at the virtual second at which a step ends; `struck` when one with a
+    poisonous prompt does."""
 
     name = "model"
     step_began_at: float | None = None
 
     def __init__(
-        self, kernel: Kernel, *, speeds: Speeds, slots: int, max_sequence_tokens: int, kv_tokens: int, sink: Sink
+        self,
+        kernel: Kernel,
+        *,
+        speeds: Speeds,
+        slots: int,
+        max_sequence_tokens: int,
+        kv_tokens: int,
+        sink: Sink,
+        struck: Callable[[], None] = lambda: None,
     ) -> None:
         self.slots: Final = slots
         self.max_sequence_tokens: Final = max_sequence_tokens
@@ -195,6 +206,7 @@ class ModelEngine:
         self._speeds: Final = speeds
         self._kv_tokens: Final = kv_tokens
         self._sink: Final = sink
+        self._struck: Final = struck
         self._live: dict[str, _Sequence] = {}
         self._cancelled: list[str] = []
         self._blocks: dict[tuple[int, ...], None] = {}
@@ -229,7 +241,9 @@ class ModelEngine:
         if refusal is not None:
             self._sink([SequenceEnd(sequence_id, EndReason.FAILED, refusal)])
             return
-        self._live[sequence_id] = _Sequence(sequence_id, list(token_ids), first_index, left, sampling)
+        self._live[sequence_id] = _Sequence(
+            sequence_id, list(token_ids), first_index, left, sampling, poison=POISON in token_ids
+        )
         self._begin()
 
     def cancel(self, sequence_id: str) -> None:
@@ -323,6 +337,9 @@ class ModelEngine:
             return
         if self._paused:
             self._due = batch
+            return
+        if any(sequence.poison for sequence in batch):
+            self._struck()
             return
         self._working = False
         self.step_began_at = None

@@ -44,7 +44,7 @@ LOCAL_S: Final = 0.001  # what the process does by itself: tokenise, open and cl
 
 class ModelWorker:
     """One life of a worker process. `name` is its connection's; `heard` sees every batch before it is sent,
-    `migrated` how its migrations end."""
+    `migrated` how its migrations end, `struck` that a request has killed it."""
 
     def __init__(
         self,
@@ -59,6 +59,7 @@ class ModelWorker:
         kv_tokens: int,
         heard: Callable[[str, FrameBatch], None],
         migrated: Callable[[MigrationEnded], None],
+        struck: Callable[[], None],
     ) -> None:
         self.name: Final = name
         self.id: Final = limits.worker_id
@@ -72,6 +73,7 @@ class ModelWorker:
         self._kv_tokens: Final = kv_tokens
         self._heard: Final = heard
         self._migrated: Final = migrated
+        self._struck: Final = struck
         self._pullers: dict[str, ModelPuller] = {}
         self._access: Final = QueueAccess(kernel, network, queue, self.process.connection)
         post, here, id = self.process.post, self.process.connection, self.id
@@ -277,6 +279,7 @@ class ModelWorker:
             max_sequence_tokens=MAX_CONTEXT_TOKENS,
             kv_tokens=self._kv_tokens,
             sink=lambda events: stepped(list(events)),
+            struck=self._struck,
         )
         self.engines[replica_id] = engine
         if self.process.stopped:
