@@ -93,11 +93,11 @@ def move(home: Path, source: Path, options: argparse.Namespace) -> tuple[str, li
     runs = options.runs or (2 if options.quick else 8)
 
     def play(found: Stage) -> Awaitable[dict[str, Any]]:
-        return moving.measure(found, contexts, runs, options.load, direct=options.direct)
+        return moving.measure(found, contexts, runs, options.load, direct=options.direct, limit_s=options.limit_s)
 
     # One slot for the request that moves: its destination has room for it, its source, while it runs there, has none.
     found = asyncio.run(staged(home, source, options.load + 1, 2, play))
-    found |= {"runs": runs, "load_per_worker": options.load, "kv_bytes_per_token": moving.own_kv_bytes(SHAPE)}
+    found |= {"load_per_worker": options.load, "kv_bytes_per_token": moving.own_kv_bytes(SHAPE)}
     tables = [
         ("Migration by context length, medians", moving.COLUMNS, moving.rows(found)),
         ("The naive ways, medians", moving.NAIVE_COLUMNS, moving.naive_rows(found)),
@@ -171,6 +171,7 @@ def main() -> int:
     )
     parser.add_argument("--runs", type=int, default=0, help="repetitions (default 8; recovery 5, drain 4)")
     parser.add_argument("--contexts", default="", help="comma-separated context lengths in tokens")
+    parser.add_argument("--limit-s", type=float, default=560.0, help="seconds after which no further run is begun")
     parser.add_argument("--load", type=int, default=LOAD, help="other streams on each worker (default mode)")
     parser.add_argument(
         "--direct", action="store_true", help="command the source itself, without gateway and scheduler"

@@ -6,6 +6,7 @@ decode at its source and at its destination. It goes to whichever worker the que
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -110,15 +111,23 @@ async def waiting(stage: Stage, context: int, name: str) -> float:
 
 
 async def measure(
-    stage: Stage, contexts: Sequence[int], runs: int, load: int, *, direct: bool = False
+    stage: Stage, contexts: Sequence[int], runs: int, load: int, *, direct: bool = False, limit_s: float = math.inf
 ) -> dict[str, Any]:
-    """All context lengths in turn, `runs` times: a migration each time, the two others every other time."""
+    """All context lengths in turn, `runs` times: a migration each time, the two others every other time.
+
+    No further run is begun, after the second, that would probably end later than `limit_s` seconds from now.
+    """
     moves: dict[int, list[Moved]] = {context: [] for context in contexts}
     restarts: dict[int, list[float]] = {context: [] for context in contexts}
     waits: dict[int, list[float]] = {context: [] for context in contexts}
     returned = 0
     began = time.perf_counter()
     for run in range(runs):
+        passed_s = time.perf_counter() - began
+        if run > 1 and passed_s * (run + 1) / run > limit_s:
+            print(f"stopped after {run} of {runs} runs: another one would not end within {limit_s:.0f} s", flush=True)
+            runs = run
+            break
         for context in contexts:
             name = f"{context} {run}"
             await stage.settle(load)
@@ -132,6 +141,7 @@ async def measure(
                 waits[context].append(await waiting(stage, context, name))
         print(f"run {run + 1} of {runs} done after {time.perf_counter() - began:.0f} s", flush=True)
     return {
+        "runs": runs,
         "moves": {context: [asdict(move) for move in found] for context, found in moves.items()},
         "restart_s": restarts,
         "restarts_at_the_source": returned,
