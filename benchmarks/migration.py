@@ -51,9 +51,10 @@ One server with two workers of one thread each on the machine of [benchmarks.md]
 of 30 M parameters in float32 with three wide layers, so that a decode step depends little on the context. {load}
 other streams decode at the source and at the destination. Each migration is the operator's call for a stream with
 a prompt of its own; {runs} per row. *Pause* is the largest gap between two events at the client from the call to
-the first token at the destination, *own* are the gaps of the same streams before and after. *Bound*: prefill of
-the last gap and three decode steps; *within* counts the migrations whose pause was not longer than their own
-bound. *Total* is the source's time from the first round to the end.""",
+the first token at the destination, *hand-over* is the gap in which the owner changed, *own* are the gaps of the
+same streams before and after. *Bound*: prefill of the last gap and three decode steps; *within* counts the
+migrations whose pause was not longer than their own bound. *Total* is the source's time from the first round to
+the end.""",
     "recovery": """\
 ## What a dead worker costs
 
@@ -72,8 +73,8 @@ $ python -m benchmarks.migration --drain
 ```
 
 {streams} long streams at one worker, which is drained by the operator's call. Where the other worker does not have
-the model, it is loaded there first. The pause is the largest gap of each stream during the drain, *own* are the
-gaps outside it.""",
+the model, it is loaded there first. The pause is the largest gap of each stream during the drain, *hand-over* is
+the gap in which the owner changed, *own* are the gaps outside it.""",
 }
 
 

@@ -179,8 +179,9 @@ def summary(moves: Sequence[Moved], token_s: float) -> dict[str, Any]:
 
 
 def targets(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, float, float]]:
-    """(what, measured, target) of the three targets, the worst context length each; at most the target is met."""
+    """(what, measured, target) of the targets, the worst context length each; at most the target is met."""
     pauses = [one["pause_s"] for one in summaries]
+    handovers = [one["handover_s"] for one in summaries]
     return [
         (
             "pause ÷ (prefill of the last gap + 3 decode steps), worst median",
@@ -193,4 +194,10 @@ def targets(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, float, float
             1.0,
         ),
         ("largest ÷ smallest median pause over context lengths", max(pauses) / min(pauses), 1.25),
+        # A long migration has more gaps of the ordinary kind in it, the largest of which counts as its pause above.
+        (
+            "largest ÷ smallest median gap of the hand-over over context lengths",
+            max(handovers) / min(handovers),
+            1.25,
+        ),
     ]

@@ -169,10 +169,12 @@ def compare(
 # -- as tables ---------------------------------------------------------------------------------------------------------
 
 COLUMNS: Final = (
-    "context", "rounds", "last gap", "kB on the wire", "total ms", "frozen ms", "pause ms", "largest", "own P50",
-    "own P99", "bound ms", "within",
+    "context", "rounds", "last gap", "kB on the wire", "total ms", "frozen ms", "pause ms", "largest", "hand-over ms",
+    "own P50", "own P99", "bound ms", "within",
 )  # fmt: skip
-_MILLISECONDS: Final = ("total_s", "frozen_s", "pause_s", "pause_most_s", "own_p50_s", "own_p99_s", "bound_s")
+_MILLISECONDS: Final = (
+    "total_s", "frozen_s", "pause_s", "pause_most_s", "handover_s", "own_p50_s", "own_p99_s", "bound_s",
+)  # fmt: skip
 NAIVE_COLUMNS: Final = (
     "context", "Hearth: pause ms", "source free after ms", "restart: pause ms", f"wait for {REMAINING_TOKENS} more ms",
 )  # fmt: skip

@@ -145,10 +145,11 @@ def test_a_summary_takes_medians_and_each_pause_against_its_own_bound() -> None:
 
 def test_targets_are_those_of_the_worst_context_length() -> None:
     calm = summary([moved(pause_s=0.04)], 0.001)
-    worst = summary([moved(pause_s=0.10)], 0.001)
+    worst = summary([moved(pause_s=0.10, handover_s=0.06)], 0.001)
 
-    bound, noticed, spread = targets([calm, worst])
+    bound, noticed, spread, handover = targets([calm, worst])
 
     assert bound[1] == pytest.approx(0.10 / 0.08) and bound[2] == 1.0
     assert noticed[1] == pytest.approx(0.10 / 0.07) and noticed[2] == 1.0
     assert spread[1] == pytest.approx(2.5) and spread[2] == 1.25
+    assert handover[1] == pytest.approx(1.2) and handover[2] == 1.25
