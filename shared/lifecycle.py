@@ -152,7 +152,10 @@ class Context(Generic[S]):
         """The service can answer: say so in its records, at once."""
         self.phase = Phase.READY
         for beat in self._beats:
-            await beat.push()
+            try:
+                await beat.push()
+            except HearthError:
+                continue  # Redis is away just now: the next heartbeat says it
         metrics.READY.set(1)
         self.log.info("service.ready")
 
