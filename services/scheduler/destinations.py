@@ -45,11 +45,18 @@ class Destination:
 
 
 def destinations(
-    cluster: Cluster, source: ReplicaRecord, promised: Mapping[str, int], soured: frozenset[str], *, at: str = ""
+    cluster: Cluster,
+    source: ReplicaRecord,
+    promised: Mapping[str, int],
+    soured: frozenset[str],
+    short: frozenset[str],
+    *,
+    at: str = "",
 ) -> list[Destination]:
     """Every other replica of the source's deployment, best first; with `at`, those of that worker only.
 
-    `promised` maps replicas to the slots that are promised to moves, `soured` are those that have just refused one.
+    `promised` maps replicas to the slots that are promised to moves, `soured` are those that have just refused one;
+    those that are `short` of KV memory themselves are none.
     """
     found: list[Destination] = []
     for id, replica in sorted(cluster.replicas.items()):
@@ -58,7 +65,7 @@ def destinations(
         if at not in ("", replica.worker_id):
             continue
         taken = promised.get(id, 0)
-        refused = _refusal(cluster, source, replica)
+        refused = _refusal(cluster, source, replica) or ("is short of KV memory itself" if id in short else "")
         free = 0 if refused else max(0, replica.slots - replica.running - taken)
         refused = refused or ("" if free > 0 else FULL)
         found.append(Destination(id, replica.worker_id, replica.slots, free, taken, refused, id in soured))

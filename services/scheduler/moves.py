@@ -57,6 +57,7 @@ MOST_REQUESTS: Final = 4096  # named in one move
 MOST_WAITERS: Final = 64  # of one move
 MOST_LOADS: Final = 3  # destinations that one move tries to load
 OUTCOME_S: Final = 60.0  # who was between two polls hears of the outcome for this long
+MOST_OUTCOMES: Final = 1024
 LANDED_S: Final = 1.5  # a destination's record shows with its next heartbeat what has come
 SOUR_S: Final = 5.0  # a destination that let a migration fail is the last choice for this long
 LOOK_S: Final = 0.5  # between two tries to place a destination
@@ -214,7 +215,8 @@ class Moves:
         replica = self._wishes.relieved(message, now)
         if replica is None or any(one.whole and one.replica_id == message.replica_id for one in self._all()):
             return
-        want = self._wishes.relief(replica, message.requests, self._found(replica, now), now, out)
+        found = self._found(MigrationReason.KV_MEMORY, replica, now)
+        want = self._wishes.relief(replica, message.requests, found, now, out)
         if want is not None:
             self._open(want, replica, now, out)
 
@@ -397,11 +399,12 @@ class Moves:
         """The source is gone, or the registry has lost it for a moment; its last words may be on their way still."""
         move.gone_at = now if move.gone_at is None else move.gone_at
         due = move.gone_at + self._rules.move_lost_s
-        if due > now:
+        left = bool(move.ids or move.count or not move.legs_begun)
+        if due > now and (left or move.legs):
             self.wake = min(self.wake, due)
             return
         gone = Failure(code=Code.NOT_FOUND, message=f"Replica {move.replica_id} is gone, or its worker is.")
-        self._finish(move, None if move.legs_begun else gone, now, out)
+        self._finish(move, gone if left else None, now, out)
 
     def _watch(self, move: OpenMove, worker: WorkerRecord, now: float) -> None:
         """Migrations that the source's record does not show for a while are over, although nobody said so."""
@@ -428,7 +431,7 @@ class Moves:
 
     def _assign(self, move: OpenMove, source: ReplicaRecord, todo: int, now: float, out: list[Action]) -> None:
         """Command what free slots allow; what is left waits for a slot or a destination, or is given up."""
-        found = self._found(source, now, at=move.want.to_worker_id)
+        found = self._found(move.want.reason, source, now, at=move.want.to_worker_id)
         for one in found:
             if todo and not one.refused:
                 requests = min(one.free, todo)
@@ -436,7 +439,7 @@ class Moves:
                 todo -= requests
         if not todo:
             return
-        found = self._found(source, now, at=move.want.to_worker_id)  # what was free is promised now
+        found = self._found(move.want.reason, source, now, at=move.want.to_worker_id)  # what was free is promised now
         if move.drains:
             self._defer(move, texts(found), todo, out)
         elif move.want.reason is MigrationReason.KV_MEMORY:
@@ -605,6 +608,8 @@ class Moves:
         answer = failure if failure is not None and not ended else Moved(ended=ended, failure=failure)
         if move.waiters or not move.drains:
             self._outcomes[move.id] = (move.want, answer, now + OUTCOME_S)
+            if len(self._outcomes) > MOST_OUTCOMES:
+                del self._outcomes[next(iter(self._outcomes))]
         for reply, _ in move.waiters:
             out.append(Answer(reply, answer))
         outcomes = [message.outcome for message in ended]
@@ -643,11 +648,14 @@ class Moves:
         replica = self._cluster.replicas.get(move.load_id)
         return move.want.to_worker_id or (load.worker_id if load else replica.worker_id if replica else "")
 
-    def _found(self, source: ReplicaRecord, now: float, *, at: str = "") -> list[Destination]:
+    def _found(self, reason: MigrationReason, source: ReplicaRecord, now: float, *, at: str = "") -> list[Destination]:
         """Where requests of this replica could go, best first."""
-        landed = [id for id, _ in self._landed]
+        taken = promised(self._all(), [id for id, _ in self._landed], self._cluster)
         soured = frozenset(id for id, until in self._soured.items() if until > now)
-        return destinations(self._cluster, source, promised(self._all(), landed, self._cluster), soured, at=at)
+        short = self._wishes.short(now)
+        if reason is not MigrationReason.KV_MEMORY:  # better than staying; but one shortage must not become another's
+            soured, short = soured | short, frozenset()
+        return destinations(self._cluster, source, taken, soured, short, at=at)
 
     def _all(self) -> list[OpenMove]:
         return list(self._moves.values())

@@ -25,11 +25,13 @@ class Wishes:
         self._cluster = cluster
         self._numbers = 0
         self._relieved: dict[str, float] = {}
+        self._short: dict[str, float] = {}
         self._extra: dict[str, tuple[int, float]] = {}
 
     def forget(self, now: float) -> float:
         """Forget what is over; when to look again."""
         self._relieved = {id: until for id, until in self._relieved.items() if until > now}
+        self._short = {id: until for id, until in self._short.items() if until > now}
         self._extra = {
             name: one for name, one in self._extra.items() if one[1] > now and name in self._cluster.deployments
         }
@@ -51,6 +53,8 @@ class Wishes:
     def drains(self, moving: frozenset[str]) -> list[tuple[Move, ReplicaRecord]]:
         """Moves for replicas that are to be emptied and are not in `moving`."""
         found: list[tuple[Move, ReplicaRecord]] = []
+        if all(worker.phase is not Phase.DRAINING for worker in self._cluster.workers.values()):
+            return found
         for id, replica in sorted(self._cluster.replicas.items()):
             if id not in moving and replica.running > 0 and self.draining(replica):
                 found.append((self._move("drain", replica, 0, MigrationReason.DRAIN), replica))
@@ -59,11 +63,18 @@ class Wishes:
     def relieved(self, message: Relief, now: float) -> ReplicaRecord | None:
         """The replica that is short of memory, if it is to be relieved now: not too often."""
         replica = self._cluster.replicas.get(message.replica_id)
-        if replica is None or message.requests <= 0 or now < self._relieved.get(message.replica_id, -math.inf):
+        if replica is None or message.requests <= 0:
+            return None
+        self._short[message.replica_id] = now + 2 * self._rules.relief_pause_s
+        if now < self._relieved.get(message.replica_id, -math.inf):
             return None
         if replica.worker_id != message.worker_id or replica not in self._cluster.serving(replica.deployment):
             return None
         return replica
+
+    def short(self, now: float) -> frozenset[str]:
+        """Replicas that have asked for relief a moment ago."""
+        return frozenset(id for id, until in self._short.items() if until > now)
 
     def relief(
         self, replica: ReplicaRecord, requests: int, found: Sequence[Destination], now: float, out: list[Action]

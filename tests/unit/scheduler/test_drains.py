@@ -200,6 +200,18 @@ def test_relief_without_a_place_wants_one_more_replica_for_a_while() -> None:
     assert desk.take(CommandStop)[0].message.replica_id == load.message.replica_id
 
 
+def test_two_that_are_short_do_not_relieve_each_other() -> None:
+    desk = depot(Rules(relief_pause_s=3.0), most=3, a0=3, b0=3, c0=-1)
+    desk.relief("b0", 1)
+    assert desk.only(CommandMigrate).message.to_worker_id == "a0"
+    desk.relief("a0", 1)
+    assert desk.take(CommandMigrate) == []
+    assert desk.loaded().worker_id == "c0"
+    desk.wait(3.1)
+    desk.relief("a0", 1)
+    assert desk.only(CommandMigrate).message.to_worker_id == "c0"
+
+
 def test_relief_of_what_is_not_there_does_nothing() -> None:
     desk = depot(a0=4, b0=0)
     desk.relief("c0", 1)

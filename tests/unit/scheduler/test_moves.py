@@ -437,6 +437,22 @@ def test_a_source_that_dies_ends_its_moves() -> None:
     assert desk.core.cluster.needed == frozenset()
 
 
+def test_a_registry_that_has_forgotten_everything_for_a_moment_ends_no_move() -> None:
+    desk = depot(a0=2, b0=4)
+    answers = desk.ask(request_ids=("r1",), replica_id="pa0", to_worker_id="b0", wait_s=60.0)
+    records = dict(desk.replicas), dict(desk.workers)
+    desk.replicas.clear()
+    desk.workers.clear()
+    desk.wait(2.0)
+    desk.replicas.update(records[0])
+    desk.workers.update(records[1])
+    desk.wait(1.1)
+    desk.changed("pb0", running=0)
+    desk.accept(desk.only(CommandMigrate), ["r1"])
+    told = desk.ended("r1")
+    assert answers == [Moved(ended=(told,))]
+
+
 def test_a_source_that_restarts_under_its_name_is_not_asked_for_what_it_no_longer_runs() -> None:
     desk = depot(a0=2, b0=4)
     answers = desk.ask(request_ids=("r1",), replica_id="pa0", to_worker_id="b0", wait_s=60.0)
