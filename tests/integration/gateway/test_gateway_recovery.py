@@ -164,6 +164,9 @@ async def empty(it: Cluster) -> bool:
 
 
 async def test_a_dead_workers_requests_are_given_back_at_once(nats_url: str, redis_url: str, prefix: str) -> None:
+    counted = ("recovery_seconds_count", "pause_seconds_count", "recoveries_total", "lost_requests_total")
+    labels: tuple[dict[str, str], ...] = ({}, {"how": "recovery"}, {}, {"how": "unserved"})
+    before = [sample(name, **more) for name, more in zip(counted, labels, strict=True)]
     async with world(nats_url, redis_url, prefix) as here:
         first = await here.worker("w1", two_words, slots=2)
         streams = [here.it.tasks.create_task(here.it.stream(hearth={"ledger": True})) for _ in range(2)]
@@ -181,6 +184,8 @@ async def test_a_dead_workers_requests_are_given_back_at_once(nats_url: str, red
         await until(lambda: len(here.facts("request.recovered")) == 2)
         assert here.facts("worker.lost") == [{"worker_id": "w1", "how": "unserved", "requests": 2}]
         assert {facts["worker_id"] for facts in here.facts("request.recovered")} == {"w2"}
+    after = [sample(name, **more) for name, more in zip(counted, labels, strict=True)]
+    assert [new - old for new, old in zip(after, before, strict=True)] == [2.0] * 4
 
 
 async def test_a_worker_that_hangs_loses_its_requests_and_is_told_when_it_wakes(
@@ -386,4 +391,8 @@ async def test_a_request_that_kills_its_workers_is_stopped_and_its_neighbours_li
 
 
 def lost_owners() -> float:
-    return REGISTRY.get_sample_value("hearth_gateway_lost_owners_total", {"how": "unserved"}) or 0.0
+    return sample("lost_owners_total", how="unserved")
+
+
+def sample(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(f"hearth_gateway_{name}", labels) or 0.0
