@@ -54,6 +54,7 @@ from shared.errors import Code, Failure
 
 MOST_WAIT_S: Final = 60.0
 MOST_REQUESTS: Final = 4096  # named in one move
+MOST_ID: Final = 128  # characters
 MOST_WAITERS: Final = 64  # of one move
 MOST_LOADS: Final = 3  # destinations that one move tries to load
 OUTCOME_S: Final = 60.0  # who was between two polls hears of the outcome for this long
@@ -126,7 +127,7 @@ class Moves:
         if failure is not None:
             out.append(Answer(reply, failure))
             return
-        until = now + min(max(want.wait_s, 0.0), MOST_WAIT_S)
+        until = now + (min(want.wait_s, MOST_WAIT_S) if want.wait_s > 0 else 0.0)
         self._moves[want.move_id].waiters.append((reply, until))
 
     def begin(self, want: Move, now: float, out: list[Action]) -> Failure | None:
@@ -143,8 +144,8 @@ class Moves:
 
     def _source(self, want: Move) -> ReplicaRecord | Failure:
         """The replica in which the requests of a move run."""
-        if not want.move_id or not want.from_worker_id:
-            return invalid("A move needs a move_id and a from_worker_id.")
+        if not 0 < len(want.move_id) <= MOST_ID or not want.from_worker_id:
+            return invalid(f"A move needs a move_id of up to {MOST_ID} characters and a from_worker_id.")
         if not want.request_ids and not want.replica_id:
             return invalid("A move needs request_ids or a replica_id.")
         if want.most < 0 or len(want.request_ids) > MOST_REQUESTS:

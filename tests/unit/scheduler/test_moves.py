@@ -159,6 +159,24 @@ def test_a_destination_that_refuses_for_want_of_a_slot_is_asked_again_for_a_whil
     assert answers == [Moved(ended=(told,))]
 
 
+@pytest.mark.parametrize("wait_s", [0.0, -1.0, float("nan")])
+def test_who_will_not_wait_hears_at_once(wait_s: float) -> None:
+    desk = depot(a0=1, b0=0)
+    answers = desk.ask(request_ids=("r1",), replica_id="pa0", wait_s=wait_s)
+    assert answers == [Moving(phase="migrating", open_requests=1, to_worker_id="b0")]
+
+
+def test_who_would_wait_for_ever_hears_within_a_minute() -> None:
+    desk = depot(a0=1, b0=0)
+    answers = desk.ask(request_ids=("r1",), replica_id="pa0", wait_s=float("inf"))
+    for _ in range(64):
+        desk.ask(request_ids=("r1",), replica_id="pa0", wait_s=60.0)
+    assert refused(desk.ask(request_ids=("r1",), replica_id="pa0"))[0] is Code.BUSY
+    desk.wait(60.1)
+    desk.answers()
+    assert len(answers) == 1
+
+
 def test_an_aborted_migration_is_told_and_not_repeated() -> None:
     desk = depot(a0=1, b0=0)
     answers = desk.ask(request_ids=("r1",), replica_id="pa0", to_worker_id="b0")
@@ -176,6 +194,7 @@ def test_an_aborted_migration_is_told_and_not_repeated() -> None:
     ("fields", "code", "sentence"),
     [
         ({"id": "", "replica_id": "pa0"}, Code.INVALID_REQUEST, "move_id"),
+        ({"id": "v" * 129, "replica_id": "pa0"}, Code.INVALID_REQUEST, "128 characters"),
         ({}, Code.INVALID_REQUEST, "request_ids or a replica_id"),
         ({"replica_id": "pa0", "most": -1}, Code.INVALID_REQUEST, "0 \\(all\\) or more"),
         ({"request_ids": ("r1", "r1"), "replica_id": "pa0"}, Code.INVALID_REQUEST, "twice"),
