@@ -24,8 +24,10 @@ MOST_ROUNDS: Final = 8
 
 
 class SourceState(enum.StrEnum):
-    """Where the source of a migration is. In `HANDOVER` and `RECLAIM` it is frozen: it computes, and emits nothing."""
+    """Where the source of a migration is. In `QUEUED` it waits for its turn: a destination prefills for few at a time.
+    In `HANDOVER` and `RECLAIM` it is frozen: it computes, and emits nothing."""
 
+    QUEUED = "queued"
     ROUND = "round"
     HANDOVER = "handover"
     RECLAIM = "reclaim"
@@ -37,6 +39,7 @@ class SourceState(enum.StrEnum):
 class SourceInput(enum.StrEnum):
     """What may happen to the source."""
 
+    TURN = "its turn"
     ROUND_PENDING = "round pending"
     ROUND_DONE_FAR = "round done, gap still shrinks"
     ROUND_DONE_NEAR = "round done, gap small"
@@ -63,10 +66,12 @@ class SourceEffect(enum.StrEnum):
 
 
 _S, _SI, _SE = SourceState, SourceInput, SourceEffect
-SOURCE_BEGIN: Final = (SourceState.ROUND, (SourceEffect.SEND_ROUND,))
+SOURCE_BEGIN: Final[tuple[SourceState, tuple[SourceEffect, ...]]] = (SourceState.QUEUED, ())
 SOURCE_FINAL: Final = frozenset({SourceState.COMMITTED, SourceState.ABORTED, SourceState.ENDED})
 SOURCE_FROZEN: Final = frozenset({SourceState.HANDOVER, SourceState.RECLAIM})
 SOURCE: Final[Mapping[tuple[SourceState, SourceInput], tuple[SourceState, tuple[SourceEffect, ...]]]] = {
+    (_S.QUEUED, _SI.TURN): (_S.ROUND, (_SE.SEND_ROUND,)),
+    (_S.QUEUED, _SI.OVER): (_S.ENDED, (_SE.TELL,)),
     (_S.ROUND, _SI.ROUND_PENDING): (_S.ROUND, (_SE.ASK_AGAIN,)),
     (_S.ROUND, _SI.ROUND_DONE_FAR): (_S.ROUND, (_SE.SEND_ROUND,)),
     (_S.ROUND, _SI.ROUND_DONE_NEAR): (_S.HANDOVER, (_SE.FREEZE, _SE.HAND_OVER)),
@@ -150,8 +155,8 @@ DESTINATION: Final[
 class Convergence:
     """What the rounds so far have shown of the destination, and whether another one would pay.
 
-    Seconds, all measured: `token_s` to prefill one token, `step_s` the shortest forward pass, `fixed_s` what a round
-    takes besides its prefill (the bus, and other requests in the destination's batch).
+    Seconds, all measured: `token_s` to prefill one token, `step_s` a decode step, `fixed_s` what a round takes besides
+    (the bus, and the wait for the step under way).
     """
 
     token_s: float = 0.0
@@ -171,8 +176,8 @@ class Convergence:
             self.token_s = done.prefill_s / max(1, done.prefilled_tokens)
 
     def pause_s(self, gap_tokens: int) -> float:
-        """What a client would wait if the source stopped now: hand-over, and the prefill of the gap."""
-        return self.fixed_s + max(self.step_s, gap_tokens * self.token_s)
+        """What a client would wait if the source stopped now: the hand-over, and a step that prefills the gap, too."""
+        return self.fixed_s + self.step_s + gap_tokens * self.token_s
 
     def near(self, gap_tokens: int, token_interval_s: float) -> bool:
         """Whether the source should stop now, with `gap_tokens` that the destination does not have.

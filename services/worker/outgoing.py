@@ -44,6 +44,9 @@ from shared.contracts.requests import Claim, Claimed, Gone, TokensPrompt
 from shared.errors import Code, Failure
 
 MOST_DEPARTURES: Final = 256  # at once in one worker; who asks for more asks again
+# What one source has a destination prefill at a time, if it is more than one request: the last prefill of a request
+# whose client waits would queue behind the first prefills of others.
+TOKENS_AT_ONCE: Final = 512
 SHOWN: Final = 64  # of them in the worker's record
 
 OUTCOMES: Final[Mapping[SourceState, MigrationOutcome]] = {
@@ -67,7 +70,7 @@ class Departure:
     to_replica_id: str
     reason: MigrationReason
     began_at: float
-    state: SourceState = SourceState.ROUND
+    state: SourceState = SOURCE_BEGIN[0]
     number: int = 0
     sent_tokens: int = 0
     sent_at: float = 0.0
@@ -89,6 +92,7 @@ class Outgoing:
         self._limits: Final = limits
         self._runs: Final = runs
         self._replicas: Final = replicas
+        self.tokens_at_once = TOKENS_AT_ONCE
         self._departures: dict[str, Departure] = {}
         self._count = 0
 
@@ -120,7 +124,7 @@ class Outgoing:
                 reason=one.reason,
                 state=one.state.value,
                 rounds=one.number,
-                tokens=len(one.run.prompt_ids) + one.run.emitted_tokens,
+                tokens=_tokens(one.run),
                 gap_tokens=one.run.emitted_tokens - one.sent_tokens,
                 running_s=max(0.0, now - one.began_at),
             )
@@ -134,11 +138,11 @@ class Outgoing:
         chosen = self._chosen(message)
         if isinstance(chosen, Failure):
             return [e.ReplyTo(reply, chosen)]
-        begun: list[e.Action] = []
         for run in chosen:
-            begun += self._begin(run, message, now)
+            self._begin(run, message, now)
         names = tuple(run.request_id for run in chosen)
-        return [e.ReplyTo(reply, Migrating(request_ids=names)), *begun, *([e.RecordWorker()] if begun else [])]
+        begun = self._turns(message.to_replica_id, now)
+        return [e.ReplyTo(reply, Migrating(request_ids=names)), *begun, *([e.RecordWorker()] if chosen else [])]
 
     def _chosen(self, message: Migrate) -> list[Run] | Failure:
         me = self._limits.worker_id
@@ -155,7 +159,7 @@ class Outgoing:
             if replica is None:
                 return Failure(code=Code.NOT_FOUND, message=f"Worker {me} has no replica {message.replica_id!r}.")
             runs = [self._runs.by_token[token] for token in replica.held if token in self._runs.by_token]
-            runs.sort(key=lambda run: -(len(run.prompt_ids) + run.emitted_tokens))  # frees most KV blocks; stable
+            runs.sort(key=_tokens, reverse=True)  # frees most KV blocks; stable
         able = [run for run in runs if run.state is RunState.RUNNING and run.departure is None]
         if message.request_ids and not able:
             run = runs[0]
@@ -164,7 +168,7 @@ class Outgoing:
         room = max(0, MOST_DEPARTURES - len(self._departures))
         return able[: min(room, message.most or room)]
 
-    def _begin(self, run: Run, message: Migrate, now: float) -> list[e.Action]:
+    def _begin(self, run: Run, message: Migrate, now: float) -> None:
         self._count += 1
         # The epoch makes it unique over this worker's lives, too: each life begins with claims of its own.
         departure = Departure(
@@ -176,8 +180,21 @@ class Outgoing:
             began_at=now,
         )
         self._departures[departure.migration_id] = run.departure = departure
-        departure.state, effects = SOURCE_BEGIN
-        return self._carry_out(departure, effects, now)
+
+    def _turns(self, replica_id: str, now: float) -> list[e.Action]:
+        """Begin what waits for this destination, in order, as far as it has room."""
+        there = [one for one in self._departures.values() if one.to_replica_id == replica_id]
+        busy_tokens = sum(_tokens(one.run) for one in there if one.state is not SourceState.QUEUED)
+        actions: list[e.Action] = []
+        for departure in there:
+            if departure.state is not SourceState.QUEUED:
+                continue
+            tokens = _tokens(departure.run)
+            if busy_tokens and busy_tokens + tokens > self.tokens_at_once:
+                break
+            busy_tokens += tokens
+            actions += self._input(departure, SourceInput.TURN, now)
+        return actions
 
     # -- what happens
 
@@ -259,10 +276,12 @@ class Outgoing:
         if row is None:
             return []
         departure.state, effects = row
-        if departure.state in SOURCE_FINAL:
+        final = departure.state in SOURCE_FINAL
+        if final:
             del self._departures[departure.migration_id]
             departure.run.departure = None
-        return self._carry_out(departure, effects, now)
+        actions = self._carry_out(departure, effects, now)
+        return [*actions, *self._turns(departure.to_replica_id, now)] if final else actions
 
     def _carry_out(self, departure: Departure, effects: tuple[SourceEffect, ...], now: float) -> list[e.Action]:
         return [action for effect in effects for action in self._effect(departure, effect, now)]
@@ -373,9 +392,14 @@ class Outgoing:
             outcome=OUTCOMES[departure.state],
             failure=departure.failure if departure.state is SourceState.ABORTED else None,
             rounds=departure.number,
-            tokens=len(run.prompt_ids) + run.emitted_tokens,
+            tokens=_tokens(run),
             gap_tokens=departure.gap_tokens,
             wire_bytes=departure.wire_bytes,
             total_s=now - departure.began_at,
             frozen_s=frozen_s,
         )
+
+
+def _tokens(run: Run) -> int:
+    """What a destination has to prefill in all."""
+    return len(run.prompt_ids) + run.emitted_tokens

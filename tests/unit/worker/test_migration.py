@@ -22,7 +22,7 @@ from shared.contracts.migration import (
     RoundDone,
     RoundPending,
 )
-from shared.contracts.requests import Cancel, Check, Claimed, Gone, Owned, Sampling, Unwanted
+from shared.contracts.requests import Cancel, Check, Claimed, Gone, Owned, Sampling, TokensPrompt, Unwanted
 from shared.contracts.residency import Done
 from shared.errors import Code, Failure
 from tests.unit.worker.world import World, end, items, load, only, request, some
@@ -334,6 +334,36 @@ def test_what_a_destination_refuses(pair: Pair) -> None:
 def test_a_slot_that_the_queue_may_fill_is_taken_from_it(pair: Pair) -> None:
     pair.round(pair.migrate())
     assert some(pair.destination.actions, e.Want)[-1].requests == -1
+
+
+def test_long_requests_take_turns_at_a_destination_and_short_ones_go_together() -> None:
+    source = World(worker_id="w1")
+    source.ready("r1", slots=4)
+    prompts = {"a": 40, "b": 30, "c": 20}
+    source.core.outgoing.tokens_at_once = 60
+    for number, (name, tokens) in enumerate(prompts.items()):
+        source.running(request(name, prompt=TokensPrompt(token_ids=(104,) * tokens)), token=f"t{number}")
+    message = Migrate(to_worker_id="w2", to_replica_id="r2", replica_id="r1")
+    actions = source.send(e.MigrateAsked(message, source.replies.append))
+    assert only(actions, e.ReplyTo).answer == Migrating(request_ids=("a", "b", "c")), "the longest first"
+    first = only(actions, e.SendRound).message.migration_id
+    states = [one.state for one in source.core.migrations(source.now)]
+    assert states == ["round", "queued", "queued"]
+    actions = source.send(e.RoundAnswered(first, 1, UNHEARD))
+    assert ended(actions) == (MigrationOutcome.ABORTED, UNHEARD)
+    assert len(some(actions, e.SendRound)) == 2, "50 tokens fit together"
+
+
+def test_a_request_that_ends_before_its_turn_is_told_too() -> None:
+    source = World(worker_id="w1")
+    source.ready("r1", slots=4)
+    source.core.outgoing.tokens_at_once = 10
+    source.running(request("a", prompt=TokensPrompt(token_ids=(104,) * 9)), token="t1")
+    source.running(request("b", prompt=TokensPrompt(token_ids=(104,) * 8)), token="t2")
+    source.send(e.MigrateAsked(Migrate(to_worker_id="w2", to_replica_id="r2", replica_id="r1"), source.replies.append))
+    actions = source.cancel("b")
+    assert ended(actions) == (MigrationOutcome.ENDED, None)
+    assert not some(actions, e.Abandon), "the destination has never heard of it"
 
 
 def test_what_a_source_refuses(pair: Pair) -> None:

@@ -43,6 +43,7 @@ Table = Mapping[tuple[Any, Any], tuple[Any, tuple[Any, ...]]]
 # What ends a state in which nothing is heard any more, and the timer that sees to it. No loss of messages leaves a
 # machine where it is.
 SOURCE_TIMERS: Final = {
+    S.QUEUED: (SI.TURN, "the end of the migrations before it, each of which ends"),
     S.ROUND: (SI.ROUND_FAILED, "the ROUND call's timeout"),
     S.HANDOVER: (SI.HAND_OVER_FAILED, "the HAND_OVER call's timeout"),
     # The claim is repeated until the gateway answers; one that never does is found dead by HOLDS (gateway_lost_s).
@@ -160,7 +161,7 @@ class State:
     """
 
     source: SourceState = SOURCE_BEGIN[0]
-    number: int = 1
+    number: int = 0
     source_runs: bool = True
     source_epoch: int = FIRST_EPOCH
     source_alive: bool = True
@@ -174,7 +175,7 @@ class State:
     streaming: bool = True
     granted: frozenset[tuple[Who, int]] = frozenset()
     over: bool = False
-    sent: frozenset[str] = frozenset({"round 1"})
+    sent: frozenset[str] = frozenset()
 
     @property
     def emitters(self) -> list[Who]:
@@ -323,7 +324,7 @@ def round_arrives(state: State, number: int) -> State:
 
 def happenings(state: State, *, deaths: bool, ends: bool) -> Iterator[State]:
     """Timers, failures and words of the gateway that need no message of the migration. Each may come at any time."""
-    for what in (SI.ROUND_FAILED, SI.HAND_OVER_FAILED):
+    for what in (SI.TURN, SI.ROUND_FAILED, SI.HAND_OVER_FAILED):
         yield source_input(state, what)
     for outcome in (DI.PREFILLED, DI.PREFILL_FAILED, DI.EXPIRED, DI.LEAVING):
         yield destination_input(state, outcome)
