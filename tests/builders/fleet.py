@@ -128,9 +128,9 @@ class Fleet(Cluster):
         found = [one for one in self.requests(gateway) if one["request_id"].startswith(request_id)]
         return str(max(found, key=lambda one: int(one.get("epoch", 0)))["worker_id"]) if found else ""
 
-    def requests(self, gateway: str = "gateway") -> list[dict[str, Any]]:
+    def requests(self, gateway: str = "gateway", timeout_s: float = 5.0) -> list[dict[str, Any]]:
         """What runs in all workers, as the operator sees it; [] when nobody can tell just now."""
-        status, body = self.call("GET", "/v1/admin/requests", gateway=gateway)
+        status, body = self.call("GET", "/v1/admin/requests", gateway=gateway, timeout_s=timeout_s)
         return list(body["data"]) if status == 200 else []
 
     def hearth(self, *words: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:

@@ -17,6 +17,7 @@ from tests.builders.streams import Stream
 from tests.chaos.plan import CUT, DRAIN, END, KILL, MIGRATE, STOP, Fault
 
 TERM_S = 45.0  # a service that is told to end does so within this
+ASK_S = 2.0  # nobody waits longer for a word of a gateway: the faults have to end in time
 
 
 @dataclass
@@ -82,7 +83,14 @@ class Injector:
         taken = [one.fault for one in self._busy.values()]
         if fault.victim in self._busy or len(taken) >= self._at_once or not self._fleet.running(fault.victim):
             return False
+        if fault.kind == END and not self._is_ready(fault.victim):
+            return False  # one that starts is busy importing, and ends after that
         return fault.service != "gateway" or all(one.service != "gateway" for one in taken)
+
+    def _is_ready(self, worker: str) -> bool:
+        status, view = self._fleet.call("GET", "/v1/admin/cluster", timeout_s=ASK_S, gateway=self._calls())
+        workers = view.get("workers", []) if status == 200 else []
+        return any(one["worker_id"] == worker and one["phase"] == "ready" for one in workers)
 
     def _do(self, fault: Fault) -> None:
         fleet, name = self._fleet, fault.victim
@@ -120,7 +128,7 @@ class Injector:
 
     def _requests(self) -> list[dict[str, Any]]:
         for gateway in self._fleet.named("gateway"):
-            if self.usable(gateway) and (found := self._fleet.requests(gateway)):
+            if self.usable(gateway) and (found := self._fleet.requests(gateway, ASK_S)):
                 return found
         return []
 
@@ -129,7 +137,7 @@ class Injector:
 
     def _drain(self, worker: str, *, on: bool) -> int:
         path, body = f"/v1/admin/workers/{worker}/drain", {"on": on, "wait_s": 0}
-        return self._fleet.call("POST", path, body, timeout_s=30, gateway=self._calls())[0]
+        return self._fleet.call("POST", path, body, timeout_s=ASK_S, gateway=self._calls())[0]
 
     def _begin_move(self, happened: Happened) -> None:
         running = self._requests()

@@ -29,6 +29,7 @@ class Report:
     counts: Counter[str] = field(default_factory=Counter)
     faults: dict[str, dict[str, float]] = field(default_factory=dict)
     migrations: Counter[str] = field(default_factory=Counter)
+    history: list[str] = field(default_factory=list)
 
     def add_outcome(self, outcome: Outcome, *, gateway_killed: bool) -> None:
         """One call of a client."""
@@ -85,6 +86,7 @@ class Report:
             "counts": dict(self.counts),
             "faults": self.faults,
             "migrations": dict(self.migrations),
+            "history": self.history,
         }
 
     def as_table(self) -> str:

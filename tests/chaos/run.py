@@ -91,11 +91,11 @@ def run(
             report.add_outcome(outcome, gateway_killed=killed)
         report.add_faults(injector.happened)
         report.failures += injector.complaints + tracebacks(fleet)
+        report.history = [
+            f"{one.began - began:7.2f} s {one.fault.kind} {one.fault.victim} "
+            f"until {one.undone - began:.2f} s {one.result}".rstrip()
+            for one in injector.happened
+        ]
         if report.failures:
-            history = [
-                f"{one.began - began:7.2f} s {one.fault.kind} {one.fault.victim} "
-                f"until {one.undone - began:.2f} s {one.result}"
-                for one in injector.happened
-            ]
-            return report, "\n".join([*history, tails(fleet)])
+            return report, "\n".join([*report.history, tails(fleet)])
     return report, ""
