@@ -69,6 +69,15 @@ def test_a_minimum_on_a_draining_worker_is_replaced() -> None:
     assert desk.take(CommandMigrate) == []
 
 
+def test_an_old_revision_on_a_draining_worker_finishes_by_itself() -> None:
+    desk = depot(a0=2, b0=0)
+    desk.changed("pa0", revision="old")
+    desk.drain("a0")
+    desk.wait(3.0)
+    assert desk.take(CommandMigrate) == []
+    assert desk.core.moves.open()[MigrationReason.DRAIN] == (0, 0)
+
+
 def test_a_drain_that_is_undone_moves_nothing_more() -> None:
     desk = depot(a0=3, b0=4)
     desk.drain("a0")

@@ -118,6 +118,18 @@ def test_a_slot_is_promised_once() -> None:
     assert answers == []
 
 
+def test_a_slot_is_taken_by_what_has_landed_before_its_record_says_so() -> None:
+    desk = depot(a0=4, b0=3)
+    desk.ask("v1", request_ids=("r1",), replica_id="pa0", to_worker_id="b0")
+    desk.accept(desk.only(CommandMigrate), ["r1"])
+    desk.ask("v2", request_ids=("r2",), replica_id="pa0", to_worker_id="b0")
+    desk.ended("r1")
+    desk.wait(1.0)
+    assert desk.take(CommandMigrate) == []
+    desk.changed("pb0", running=3, finished_requests=1)  # it came, and another one ended
+    assert len(desk.take(CommandMigrate)) == 1
+
+
 def test_migrations_that_somebody_else_began_take_slots_too() -> None:
     desk = depot(a0=4, b0=2)
     desk.shown("a0", "r8", "r9", to="b0")
@@ -378,6 +390,77 @@ def test_an_idle_replica_makes_room_for_a_destination() -> None:
     assert len(desk.take(CommandMigrate)) == 1
 
 
+def test_room_that_is_made_for_a_move_goes_with_it() -> None:
+    desk = depot(most=1, a0=1, b0=-1)
+    other = picture.deployment(picture.spec("x", keep_alive_s=600.0), picture.checkpoint("ck-x", kv=450))
+    desk.add(other)
+    desk.replicas["px"] = picture.replica("px", other, "b0", finished=1, memory=450)
+    desk.wait(1.0)
+    desk.ask(request_ids=("r1",), replica_id="pa0", to_worker_id="b0")
+    assert len(desk.core.cluster.rooms) == 1
+    desk.gone("pa0")
+    desk.queue("m", 0)
+    desk.wait(6.0)
+    assert desk.core.cluster.rooms == {}
+
+
+def test_a_reserve_makes_room_for_a_destination_whatever_the_queues_say() -> None:
+    desk = depot(most=1, a0=1, b0=-1)
+    other = picture.deployment(picture.spec("x", min_replicas=1), picture.checkpoint("ck-x", kv=450))
+    desk.add(other)
+    desk.replicas["px"] = picture.replica("px", other, "b0", finished=1, memory=450)
+    desk.depths.clear()
+    desk.wait(2.0)
+    desk.ask(request_ids=("r1",), replica_id="pa0", to_worker_id="b0")
+    assert desk.only(CommandStop).message.replica_id == "px"
+
+
+def test_an_idle_destination_is_not_evicted_while_somebody_is_on_the_way() -> None:
+    desk = depot(most=2, a0=1, b0=0)
+    desk.add(picture.deployment(picture.spec("x"), picture.checkpoint("ck-x", kv=450)))
+    desk = Depot(deployments=desk.deployments, servers=desk.servers, workers=desk.workers, replicas=desk.replicas)
+    desk.changed("pb0", finished_requests=7)
+    desk.queue("m", 1)
+    desk.start()
+    desk.ask(request_ids=("r1",), replica_id="pa0", to_worker_id="b0")
+    desk.accept(desk.only(CommandMigrate), ["r1"])
+    desk.queue("x", 1)
+    desk.hint("x")
+    desk.wait(3.0)
+    assert desk.take(CommandStop) == []
+    desk.ended("r1", outcome=ENDED)
+    desk.wait(1.0)
+    assert desk.only(CommandStop).message.replica_id == "pb0"
+
+
+def test_a_destination_that_fills_up_while_it_loads_is_waited_for() -> None:
+    desk = depot(Rules(move_patience_s=10.0), most=1, a0=1, b0=-1)
+    answers = desk.ask(request_ids=("r1",), replica_id="pa0", to_worker_id="b0", wait_s=60.0)
+    load = desk.only(CommandLoad)
+    desk.shows(load.message, "b0", ReplicaState.LOADING)
+    desk.wait(50.0)
+    desk.shows(load.message, "b0", ReplicaState.READY, running=4)
+    desk.wait(9.0)
+    assert answers == []
+    desk.changed(load.message.replica_id, running=3)
+    assert len(desk.take(CommandMigrate)) == 1
+
+
+def test_destinations_that_leave_before_they_are_of_use_are_loaded_a_few_times() -> None:
+    desk = depot(most=1, a0=1, b0=-1, c0=-1, d0=-1, e0=-1)
+    answers = desk.ask(request_ids=("r1",), replica_id="pa0", wait_s=60.0)
+    tried = []
+    for _ in range(3):
+        load = desk.only(CommandLoad)
+        tried.append(load.worker_id)
+        desk.shows(load.message, load.worker_id, ReplicaState.LOADING)
+        desk.shows(load.message, load.worker_id, ReplicaState.DRAINING)
+        desk.wait(1.0)
+    desk.answers()
+    assert tried == ["b0", "c0", "d0"]
+    assert refused(answers)[0] is Code.NO_CAPACITY
+
+
 def test_no_capacity_is_told_with_the_reasons() -> None:
     desk = depot(most=1, a0=1)
     desk.add(picture.server("b"), picture.worker("b0", memory=50))
@@ -442,6 +525,19 @@ def test_an_end_that_nobody_heard_is_seen_in_the_records() -> None:
     desk.wait(2.0)
     desk.answers()
     assert answers == [Moved(ended=(told,))]
+
+
+def test_a_record_that_cannot_show_all_migrations_ends_none() -> None:
+    desk = depot(a0=2, b0=0)
+    answers = desk.ask(request_ids=("r1",), replica_id="pa0", wait_s=60.0)
+    desk.accept(desk.only(CommandMigrate), ["r1"])
+    desk.shown("a0", *(f"x{n}" for n in range(64)), to="c0")
+    desk.wait(20.0)
+    assert answers == []
+    desk.shown("a0", *(f"x{n}" for n in range(63)), to="c0")
+    desk.wait(6.0)
+    desk.answers()
+    assert answers == [Moved()]
 
 
 def test_a_source_that_dies_ends_its_moves() -> None:
@@ -519,7 +615,8 @@ def test_a_new_scheduler_that_is_asked_on_finds_the_migrations_under_way() -> No
     desk.start()
     answers = desk.ask(request_ids=("r1",), replica_id="pa0", wait_s=60.0)
     desk.refuse(desk.only(CommandMigrate), Code.BUSY, "Request r1 is in a migration already.")
-    assert answers == []
+    desk.wait(20.0)
+    assert (answers, desk.take(CommandMigrate)) == ([], [])
     told = desk.ended("r1")
     assert answers == [Moved(ended=(told,))]
 
