@@ -33,6 +33,11 @@ from tests.unit.scheduler.desk import Desk
 class Depot(Desk):
     """See the module. Every worker is on the server of its first letter and has room for one replica of m."""
 
+    def wait(self, seconds: float) -> None:
+        """Let time pass; who was answered meanwhile has heard it."""
+        super().wait(seconds)
+        self.answers()
+
     def running(self, **counts: int) -> Depot:
         """Ready replicas (`p` + worker) with so many requests each; the worker is there even with -1 for no replica."""
         for on, count in counts.items():
