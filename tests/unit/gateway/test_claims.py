@@ -247,8 +247,60 @@ def test_the_acknowledgement_of_an_old_owner_does_not_strand_the_request() -> No
     assert only(out, c.Publish) == [c.Publish("m-1", request("a"), 1)]
     bench.do(c.Published("a", 1, 18))
     bench.own(worker="w3", delivery=1, sequence=18)
+    bench.end(7)
+    bench.end(7, epoch=2, worker="w2")
     out = bench.kill("w3")
     assert only(out, c.GiveBack) == [c.GiveBack("a.1")], "that was another message"
+
+
+def test_an_end_that_is_lost_after_progress_is_no_end_that_never_comes() -> None:
+    bench = Bench()
+    bench.begin()
+    epoch = 1
+    for index in range(3 * CONFIG.max_republished):
+        bench.frame(index, epoch=epoch)
+        bench.end(index + 5, epoch=epoch)
+        epoch = bench.own(sequence=18 + index)
+    assert not bench.failed
+
+
+def test_what_a_client_waits_for_counts_from_the_first_of_several_losses() -> None:
+    bench = Bench()
+    bench.begin(tokens=1)
+    bench.now = 1.0
+    bench.give_back()
+    bench.now = 2.0
+    bench.own(worker="w2", delivery=2, sequence=17)
+    bench.now = 3.0
+    bench.give_back(epoch=2, worker="w2")
+    bench.now = 4.0
+    bench.own(worker="w3", delivery=3, sequence=17)
+    (resumed,) = only(bench.frame(1, epoch=3, worker="w3"), c.Resumed)
+    assert (resumed.pause_s, resumed.noticed_s) == (4.0, 3.0)
+    bench.give_back(epoch=3, worker="w3")
+    bench.now = 4.5
+    bench.own(worker="w4", delivery=4, sequence=17)
+    (resumed,) = only(bench.frame(2, epoch=4, worker="w4"), c.Resumed)
+    assert (resumed.pause_s, resumed.noticed_s) == (0.5, 0.5)
+
+
+def test_after_each_loss_the_message_is_looked_for_soon() -> None:
+    bench = Bench()
+    bench.begin(tokens=1)
+    bench.give_back()
+    bench.until(60.0)
+    bench.own(worker="w2", delivery=2, sequence=17)
+    bench.give_back(epoch=2, worker="w2")
+    assert bench.until(60.0 + CONFIG.reclaim_s) == [c.FindMessage("a", 17)]
+
+
+def test_an_owner_that_cannot_be_asked_loses_to_any_later_delivery() -> None:
+    bench = Bench()
+    bench.admit()
+    bench.do(c.Published("a", 0, 17))
+    bench.claim()
+    bench.frame(0)
+    assert bench.own(worker="w2", delivery=2, sequence=17) == 2
 
 
 def test_a_request_is_not_resumed_for_ever() -> None:

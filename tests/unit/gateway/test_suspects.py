@@ -52,6 +52,16 @@ def test_an_owner_that_lasts_acquits_the_request() -> None:
     assert not bench.failed
 
 
+def test_a_source_that_goes_on_has_had_the_request_all_the_time() -> None:
+    bench = Bench()
+    bench.begin()
+    bench.now = CONFIG.proof_s / 2
+    bench.claim(after_epoch=1, claim_id="back", token="a.1")
+    bench.now = CONFIG.proof_s
+    bench.give_back(epoch=2, fault=True)
+    assert bench.core._suspects.losses("a") == 0
+
+
 def test_migrations_are_no_losses_and_last_as_long_as_they_last() -> None:
     bench = Bench()
     bench.begin()
