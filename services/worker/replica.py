@@ -272,7 +272,8 @@ class Replica:
     def take(self, token: str) -> bool:
         """A request came; False if the replica does not take any (more)."""
         self.wanted = max(0, self.wanted - 1)
-        if self.state is not ReplicaState.READY:
+        # It may have been on its way already when its slot was reserved for another worker's request.
+        if self.state is not ReplicaState.READY or len(self.held) >= self.slots:
             return False
         self.held[token] = None
         return True

@@ -366,6 +366,12 @@ def test_a_request_that_ends_before_its_turn_is_told_too() -> None:
     assert not some(actions, e.Abandon), "the destination has never heard of it"
 
 
+def test_a_delivery_that_finds_its_slot_reserved_goes_back(pair: Pair) -> None:
+    pair.destination.send(e.DeliveryArrived("r2", request("x1"), "x1", 1))
+    pair.round(pair.migrate())
+    assert pair.destination.send(e.DeliveryArrived("r2", request("x2"), "x2", 1)) == [e.Nak("x2")]
+
+
 def test_what_a_source_refuses(pair: Pair) -> None:
     def code(**changes: Any) -> Code:
         message = Migrate(to_worker_id="w2", to_replica_id="r2", request_ids=("q1",))
