@@ -183,8 +183,8 @@ class _Sequence:
 
 
 class ModelEngine:
-    """See `Engine`, and the module. `sink` is called at the virtual second at which a step ends; `struck` when one with a
-    poisonous prompt does."""
+    """See `Engine`, and the module. `sink` is called at the virtual second at which a step ends; `struck` when one
+    with a poisonous prompt does."""
 
     name = "model"
     step_began_at: float | None = None

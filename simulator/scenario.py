@@ -75,11 +75,12 @@ class Scenario:
                 cluster.load(worker_id, deployment)
         kernel.run(WARM_UP_S)
         busy_s = dice.choice((3.0, 8.0, 15.0))
-        for _ in range(dice.randrange(4, 12)):
+        times = dice.choice((1, 1, 1, 1, 1, 1, 1, 3))  # now and then very much happens
+        for _ in range(times * dice.randrange(4, 12)):
             self._soon(busy_s, self._request)
-        for _ in range(dice.randrange(4, 16)):
+        for _ in range(times * dice.randrange(4, 16)):
             self._soon(busy_s, self._migrate)
-        self._trouble(busy_s)
+        self._trouble(busy_s, times)
         kernel.run(WARM_UP_S + busy_s + 4.0)
         self._cease()
         cluster.settle(self.deployments)
@@ -103,7 +104,7 @@ class Scenario:
     def _soon(self, within_s: float, call: Callable[[], None]) -> None:
         self.kernel.after(within_s * self.dice.random(), call)
 
-    def _trouble(self, busy_s: float) -> None:
+    def _trouble(self, busy_s: float, times: int) -> None:
         """How much goes wrong: in most runs a little, in some nothing, in some a lot."""
         dice = self.dice
         kinds: Sequence[Callable[[], None]] = (
@@ -120,9 +121,9 @@ class Scenario:
             self._drain_by_operator,
             self._restart_bus,
         )
-        for _ in range(dice.choice((0, 1, 1, 2, 3, 5))):
+        for _ in range(times * dice.choice((0, 1, 1, 2, 3, 5))):
             self._soon(busy_s, dice.choice(kinds))
-        for _ in range(dice.choice((0, 0, 1, 3))):
+        for _ in range(times * dice.choice((0, 0, 1, 3))):
             self._soon(busy_s, self._leave)
         if dice.random() < 0.5:
             weather = self.weather
@@ -334,8 +335,10 @@ class Scenario:
                 self.cluster.network.mend(one.name)
                 if one.process.alive:
                     one.reconnected()
-        for worker in self.cluster.workers.values():
+        for worker_id, worker in self.cluster.workers.items():
             worker.resume()
+            if worker.process.alive and worker.core.drained_by_operator:
+                self.cluster.drain_on(worker_id, False)
         for gateway in self.cluster.gateways.values():
             gateway.process.resume()
         if all(not worker.process.alive or worker.core.draining for worker in self.cluster.workers.values()):
