@@ -119,7 +119,7 @@ class BatchingStepper:
         from transformers.generation.configuration_utils import ContinuousBatchingConfig
         from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 
-        from services.worker.engine_blocks import BlockScheduler, share_blocks
+        from services.worker.engine_blocks import BlockScheduler, read_into_buffers, share_blocks
 
         config = model.config.get_text_config()
         block_bytes = PAGE_TOKENS * kv_bytes_per_token(config, model.dtype)
@@ -164,6 +164,8 @@ class BatchingStepper:
         self._scheduler: Any = BlockScheduler(processor.cache, slots)
         processor.scheduler = processor.offloading_manager.scheduler = self._scheduler
         share_blocks(processor.cache)
+        if model.device.type == "cpu":
+            read_into_buffers(processor.cache)
         processor.model_runner._sample = self._sample
         self._live: dict[str, _Live] = {}
         self._logprobs: list[PositionLogprobs | None] = []

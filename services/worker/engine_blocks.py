@@ -12,6 +12,10 @@ kept for sharing too, and blocks are found by keyed 128-bit hashes instead of 64
 the tokens of its block and the hash of the block before it, so that equal hashes mean equal prefixes; only full blocks
 have one. As nothing compares the tokens themselves, nobody must be able to make two prefixes that share a hash.
 
+`read_into_buffers` is for the CPU: every layer of every step copies the keys and values of all tokens so far together,
+and memory that is asked for anew costs more than the copy (the kernel zeroes its pages). The layers take turns with two
+buffers: one decode step after 4,000 tokens of a 125 M model takes less than half as long.
+
 Imports transformers: imported by `engine.py` when the first engine is made.
 """
 
@@ -27,7 +31,8 @@ from functools import partial
 from itertools import islice
 from typing import Any, Final
 
-from transformers.generation.continuous_batching.cache_allocators import cache_allocator
+import torch
+from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator, cache_allocator
 from transformers.generation.continuous_batching.requests import RequestStatus
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
@@ -51,6 +56,43 @@ def share_blocks(cache: Any) -> None:
     cache.mark_complete_blocks = partial(_mark_complete_blocks, cache)
 
 
+class _Buffers:
+    """Memory for the keys and values that one layer reads; the next layer overwrites it."""
+
+    def __init__(self, allocator: Any) -> None:
+        self._allocator = allocator
+        self._keys = self._values = torch.empty(0)
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        read_index: torch.Tensor,
+        write_index: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `FullAttentionCacheAllocator.update`."""
+        keys, values = self._allocator._kv_token_views[layer_idx]
+        keys.index_copy_(0, write_index, key_states)
+        values.index_copy_(0, write_index, value_states)
+        tokens = read_index.numel()
+        if tokens == 0:
+            return key_states, value_states
+        if tokens > len(self._keys):
+            shape = (tokens + tokens // 4, *keys.shape[1:])
+            self._keys, self._values = keys.new_empty(shape), values.new_empty(shape)
+        torch.index_select(keys, 0, read_index, out=self._keys[:tokens])
+        torch.index_select(values, 0, read_index, out=self._values[:tokens])
+        return self._keys[:tokens], self._values[:tokens]
+
+
+def read_into_buffers(cache: Any) -> None:
+    """Make the full-attention layers of a `PagedAttentionCache` on the CPU copy what they read into the same memory."""
+    for allocator in cache.cache_allocators.values():
+        if type(allocator) is FullAttentionCacheAllocator:
+            allocator.update = _Buffers(allocator).update
+
+
 def _mark_complete_blocks(cache: Any, state: Any, complete_blocks: dict[str, int]) -> None:
     """As `PagedAttentionCache.mark_complete_blocks`, which leaves out what a sequence's last step completed.
 
@@ -62,7 +104,7 @@ def _mark_complete_blocks(cache: Any, state: Any, complete_blocks: dict[str, int
             cache.cache_allocators[name].mark_complete_blocks(state.request_id, token_ids, count)
 
 
-class BlockScheduler(FIFOScheduler):  # type: ignore[misc]
+class BlockScheduler(FIFOScheduler):
     """First come first served, also in who keeps its blocks.
 
     `short` is how many sequences waited for blocks when the last batch was made: those that had begun, and those that
