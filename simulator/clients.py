@@ -32,7 +32,7 @@ class Outcome(enum.Enum):
 
 @dataclass(slots=True)
 class Stream:
-    """One choice of a call."""
+    """One choice of a call. `longest_gap_s` is the longest wait between two of its frames."""
 
     request: Request
     call_id: str
@@ -45,6 +45,7 @@ class Stream:
     failure: Failure | None = None
     end: End | None = None
     frame_at: float | None = None
+    longest_gap_s: float = 0.0
 
 
 class Clients:
@@ -80,7 +81,10 @@ class Clients:
         assert frame.token_ids == right, f"{id}: wrong tokens at index {have}"
         stream.token_ids.extend(frame.token_ids)
         stream.text += frame.text
-        stream.frame_at = self._kernel.now
+        now = self._kernel.now
+        if stream.frame_at is not None:
+            stream.longest_gap_s = max(stream.longest_gap_s, now - stream.frame_at)
+        stream.frame_at = now
 
     def conclude(self, call_id: str, choice: int, end: End) -> None:
         """A choice is complete."""

@@ -24,6 +24,9 @@ FAULTS: dict[str, tuple[float, ...]] = {
 }
 PROTOCOL = KINDS - {"Migrate", "Migrating"}  # the command itself is the scheduler's to repeat
 PROCESSES = ("w0", "w1", "g0")
+# The longest wait of a client for a token (virtual seconds): in an undisturbed migration, and with one fault in it.
+UNDISTURBED_GAP_S = 0.25  # five decode steps
+MOST_GAP_S = 5.0
 # The messages of the hand-over, and what comes after the loss of one of them: taking back, abandoning, finding out.
 HAND_OVER = ("HandOver", "HandedOver", "Claim", "Claimed")
 
@@ -83,6 +86,7 @@ def test_an_undisturbed_migration_takes_rounds_and_one_hand_over() -> None:
     kinds = [one.kind for one in undisturbed().steps()]
     assert kinds.count("Round") >= 2
     assert [kinds.count(kind) for kind in HAND_OVER] == [1, 1, 1, 1]
+    assert undisturbed().cluster.clients.streams["q1"].longest_gap_s < UNDISTURBED_GAP_S
     (ended,) = undisturbed().cluster.migrations_ended
     assert ended.rounds == kinds.count("Round")
     owners = {one.source for one in undisturbed().plan.sent if one.kind == "FrameBatch"}
@@ -101,6 +105,7 @@ def test_every_message_may_be_lost_doubled_or_late(base: str, fault: str) -> Non
             # What gets lost in a migration is settled between source and destination; only lost tokens are resumed.
             assert stream.end is not None
             assert base or one.kind == "FrameBatch" or stream.end.ledger.recoveries == 0
+            assert base or stream.longest_gap_s < MOST_GAP_S
         tried += 1
     assert tried > 5
 
@@ -118,6 +123,7 @@ def test_every_process_may_die_around_every_message(base: str, victim: str, mome
                 assert stream.outcome in (Outcome.COMPLETE, Outcome.GATEWAY_DIED)
             else:
                 assert complete(stream), f"{stream.outcome}: {stream.failure}"
+                assert stream.longest_gap_s < MOST_GAP_S
         tried += 1
     assert tried > 5
 
