@@ -31,7 +31,7 @@ from simulator.worker import ModelWorker
 COMMANDER: Final = "commander"
 REPLICA_MEMORY_BYTES: Final = 100
 # After the end of the last stream: what a dead gateway has left in the queue is tried a few times by the workers.
-CLEARED_S: Final = 120.0
+CLEARED_S: Final = 400.0
 QUIET_S: Final = 12.0  # and after that, the slowest timer (a destination whose source is silent) clears away
 
 

@@ -32,6 +32,7 @@ def start(*arguments: str, hash_seed: str = "0") -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_thousand_runs_keep_every_invariant() -> None:
     share = RUNS // PROCESSES
