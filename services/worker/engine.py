@@ -4,8 +4,8 @@ Continuous batching here is transformers' `ContinuousBatchProcessor`: paged KV c
 slices. Its manager's loop is not used: it polls when idle (0.1 s), copies all tokens of a sequence for every new one
 and hands results over by queues. `BatchingStepper` drives the same processor step by step instead, from a thread that
 sleeps on a condition (`engine_thread.py`), and puts `sampling.choose` in the place of its sampler, so that every
-sequence has its own seed, penalties, bias and logprobs. CUDA graphs and asynchronous batching are off: the sampler's
-state is the host's.
+sequence has its own seed, penalties, bias and logprobs, and `engine_blocks.py` in the place of its scheduler. CUDA
+graphs and asynchronous batching are off: the sampler's state is the host's.
 
 The parts of transformers used here are not its public interface: they are those of `TRANSFORMERS`, which the extra
 `worker` asks for, and the warm-up of a worker (`warm_engine`) runs them before any model is asked for.

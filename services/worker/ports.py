@@ -117,10 +117,12 @@ class Engine(Protocol):
         `first_index` is the number of output tokens so far, that is the index of the first new token: noise depends on
         (seed, index) only, and penalties count the last `first_index` of `token_ids` as output. The sequence ends with
         the first EOS token (unless `sampling.ignore_eos`) or one of `sampling.stop_token_ids`. `sampling.max_tokens`
-        and `sampling.stop` are the caller's business. `max_new_tokens` is cut to what `max_sequence_tokens` leaves room
-        for. What is wrong with a submission becomes its `SequenceEnd`: PROMPT_TOO_LONG when the tokens leave no room
-        for a new one, INVALID_REQUEST for token ids out of the vocabulary, BUSY when the engine holds too many. Raises
-        ValueError only for a sequence id that is live; it may be used again after its end.
+        and `sampling.stop` are the caller's business. What a sequence computed stays, until its memory is needed, for
+        those that begin with the same tokens: also for what went into its last step, so that one new token is enough to
+        make a prefix known (`SequenceEnd.cached_tokens`). `max_new_tokens` is cut to what `max_sequence_tokens` leaves
+        room for. What is wrong with a submission becomes its `SequenceEnd`: PROMPT_TOO_LONG when the tokens leave no
+        room for a new one, INVALID_REQUEST for token ids out of the vocabulary, BUSY when the engine holds too many.
+        Raises ValueError only for a sequence id that is live; it may be used again after its end.
         """
 
     def cancel(self, sequence_id: str) -> None:
