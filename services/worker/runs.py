@@ -462,11 +462,15 @@ class Runs:
             return actions
         if bus_away or not self._holdings.lost(event.gateway_id, now, bus_back_at):
             return []
-        # The gateway is dead, and its clients' connections with it: nobody waits.
         for request_id in asked:
             run = self.by_request.get(request_id)
-            if run is not None and run.epoch == asked[request_id]:
-                actions += [e.Ack(run.token), *self.over(run, "gateway_lost", now)]
+            if run is None or run.epoch != asked[request_id]:
+                continue
+            if event.unserved:  # the gateway is dead, and its clients' connections with it: nobody waits
+                actions.append(e.Ack(run.token))
+            # One that is on the bus and silent may live: then it is this worker that is cut off, and long replaced.
+            # The message is the next owner's, or comes to somebody who hears the gateway; it must not be taken away.
+            actions += self.over(run, "gateway_lost", now)
         return actions
 
     def listed(self, now: float) -> RequestList:

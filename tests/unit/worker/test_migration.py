@@ -425,6 +425,20 @@ def test_requests_of_a_gateway_that_is_gone_for_good_are_dropped(pair: Pair) -> 
     raise AssertionError("the gateway's requests run for ever")
 
 
+def test_requests_of_a_gateway_that_is_silent_are_dropped_but_their_messages_are_left_to_others(pair: Pair) -> None:
+    """Seen from here a gateway that hangs and a cable that was pulled look the same."""
+    for _ in range(20):
+        for told in some(pair.source.wait(0.5), e.TellHolds):
+            actions = pair.source.send(e.HoldsAnswered(told.gateway_id, UNHEARD, unserved=False))
+            if some(actions, e.CancelSequence):
+                assert pair.source.now >= 100.0 + 5.0
+                assert only(actions, e.CancelSequence).sequence_id == pair.sequence_id
+                assert not some(actions, e.Ack)
+                assert not some(actions, e.Nak)
+                return
+    raise AssertionError("the gateway's requests run for ever")
+
+
 def test_a_gateway_is_not_given_up_while_the_bus_is_away(pair: Pair) -> None:
     pair.source.send(e.BusLost())
     for _ in range(20):
