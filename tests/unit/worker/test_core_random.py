@@ -58,6 +58,7 @@ class History:
         self.ended: set[tuple[str, int]] = set()
         self.drained = 0
         self.away = False
+        self.unserved = False  # the gateway that was asked last
         self.stopped: set[str] = set()
         self.replicas = 0
         self.migrated = 0
@@ -90,7 +91,7 @@ class History:
             case e.ReleaseLease():
                 self.released.append(action.message.lease_id)
             case e.RequestFinished():
-                if action.outcome == "superseded":
+                if action.outcome == "superseded" or (action.outcome == "gateway_lost" and not self.unserved):
                     self.void.add(action.request_id)
                 elif action.outcome == "migrated":
                     self.migrated += 1
@@ -318,7 +319,10 @@ class History:
                     ended=tuple(one for one in ids if self.dice.random() < 0.05),
                     superseded=tuple(one for one in ids if self.dice.random() < 0.05),
                 )
-                self.send(e.HoldsAnswered(gateway_id, FAILURE if luck < 0.3 else held))
+                self.unserved = self.dice.random() < 0.5
+                unheard = luck < 0.3
+                told = FAILURE if unheard else held
+                self.send(e.HoldsAnswered(gateway_id, told, unserved=unheard and self.unserved))
             case e.SendRound(message=message):
                 done = RoundDone(number=message.number, prefilled_tokens=5, prefill_s=luck, step_s=0.01)
                 rounded = RoundPending(number=message.number) if luck < 0.2 else FAILURE if luck < 0.4 else done
