@@ -88,7 +88,7 @@ from services.gateway.waiting import Waiting
 from services.gateway.watch import Owner, Watch
 from shared.backoff import delay_s
 from shared.contracts.generation import End, Frame, FrameBatch, GivenBack
-from shared.contracts.requests import Cancel, Claim, Claimed, Gone, Holds, Owned, Unwanted
+from shared.contracts.requests import Cancel, Claim, Claimed, Gone, Holds, Owned, Trial, Unwanted
 from shared.errors import Code, Failure
 
 __all__ = [
@@ -194,7 +194,7 @@ class GatewayCore:
             case MessageFound(request_id=request_id, sequence=sequence, found=found):
                 self._message_found(request_id, sequence, found, now, out)
             case TrialHeard(trial=trial):
-                self._suspects.heard(trial.gateway_id, trial.slug, trial.on, trial.guilty, now)
+                self._trial_heard(trial, now, out)
             case ClientLeft(call_id=call_id):
                 call = self._calls.get(call_id)
                 if call is not None:
@@ -510,6 +510,13 @@ class GatewayCore:
         elif was_streaming:
             self._suspects.stopped(live.call.slug, live.request_id, held_s)
         self._arm_reclaim(live, now)
+
+    def _trial_heard(self, trial: Trial, now: float, out: list[Action]) -> None:
+        """Two gateways may begin a trial at the same moment: then both hear of it, and the later id's suspect waits."""
+        request_id = self._suspects.heard(trial.gateway_id, trial.slug, trial.on, trial.guilty, now)
+        live = None if request_id is None else self._live.get(request_id)
+        if live is not None and live.state is State.STREAMING and trial.gateway_id < live.request.gateway_id:
+            self._interrupt(live, now, out)
 
     def _interrupt(self, live: Live, now: float, out: list[Action]) -> None:
         """Frames are lost: the owner shall give the request back, and the next claim resumes it."""

@@ -6,8 +6,8 @@ request. Who has lost `SUSPECT_LOSSES` owners is a suspect, and suspects of one 
 those who only shared a worker with the guilty one are not there when it strikes again, and live. At `most` losses a
 request is guilty; then the other suspects of its deployment are acquitted, for what happened to them is explained.
 
-Gateways tell each other of their trials, so that they do not try two at once; such a word may be lost, and then the
-worst is that.
+Gateways tell each other of their trials, so that they do not try two at once. Two that began at the same moment hear of
+each other, and the one whose gateway's id comes later waits; such a word may be lost, and then both are tried.
 
 Drains, migrations and requests that were given back without fault are no losses.
 """
@@ -96,8 +96,11 @@ class Suspects:
         self._losses.pop(request_id, None)
         self._end_trial(slug, request_id)
 
-    def heard(self, gateway_id: str, slug: str, on: bool, guilty: bool, now: float) -> None:
-        """Another gateway tries a suspect, or does so no more; it may be lost, so nothing lasts without end."""
+    def heard(self, gateway_id: str, slug: str, on: bool, guilty: bool, now: float) -> str | None:
+        """Another gateway tries a suspect, or does so no more; it may be lost, so nothing lasts without end.
+
+        Returns the request that is on trial here at the same time, if there is one: one of the two must wait.
+        """
         elsewhere = self._elsewhere.pop(slug, {})
         elsewhere.pop(gateway_id, None)
         if on:
@@ -109,6 +112,8 @@ class Suspects:
             self._elsewhere[slug] = elsewhere
         while len(self._elsewhere) > MOST_DEPLOYMENTS:
             del self._elsewhere[next(iter(self._elsewhere))]
+        trial = self._trials.get(slug) if on else None
+        return trial.request_id if trial is not None and now < trial.until else None
 
     def take_news(self) -> list[News]:
         """What to tell the other gateways, once."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from services.gateway import core as c
 from services.gateway.suspects import Suspects
 from shared.contracts.requests import Claim, Claimed, Trial
@@ -104,6 +106,19 @@ def test_what_another_gateway_tries_keeps_ours_waiting() -> None:
     assert answer.code is Code.BUSY
     bench.do(c.TrialHeard(Trial(gateway_id="g2", slug="m-1", request_id="x", on=False, guilty=True)))
     assert bench.own(delivery=4, sequence=17) == 3
+
+
+@pytest.mark.parametrize(("other", "waits"), [("a1", True), ("z1", False)])
+def test_of_two_trials_that_began_at_the_same_moment_one_waits(other: str, waits: bool) -> None:
+    bench = Bench()
+    bench.begin()
+    bench.give_back(epoch=1, fault=True)
+    bench.own(delivery=2, sequence=17)
+    bench.give_back(epoch=2, fault=True)
+    assert bench.own(delivery=3, sequence=17) == 3
+    out = bench.do(c.TrialHeard(Trial(gateway_id=other, slug="m-1", request_id="x", on=True)))
+    asked_back = [action.cancel.requeue for action in only(out, c.CancelWork)]
+    assert asked_back == ([True] if waits else [])
 
 
 def test_the_innocent_live_and_the_guilty_is_found() -> None:
