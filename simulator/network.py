@@ -154,6 +154,7 @@ class Network:
         self.sent: collections.Counter[str] = collections.Counter()
         self._kernel: Final = kernel
         self._listeners: dict[str, list[tuple[Connection, Callable[[Any, Any], None]]]] = {}
+        self._patterns: list[str] = []
         self._arrives_at: dict[tuple[str, str], float] = {}
         self._cut: dict[str, list[tuple[str, str, Call]] | None] = {}
 
@@ -165,6 +166,8 @@ class Network:
 
     def add(self, subject: str, connection: Connection, handler: Callable[[Any, Any], None]) -> None:
         """Called by `Connection`."""
+        if "*" in subject and subject not in self._patterns:
+            self._patterns.append(subject)
         self._listeners.setdefault(subject, []).append((connection, handler))
 
     def forget(self, connection: Connection) -> None:
@@ -179,7 +182,11 @@ class Network:
     def publish(self, source: Connection, subject: str, message: Any) -> None:
         """Called by `Connection`."""
         kind = type(message).__name__
-        for connection, handler in self._listeners.get(subject, ()):
+        found = [*self._listeners.get(subject, ())]
+        for pattern in self._patterns:
+            if _matches(pattern, subject):
+                found += self._listeners.get(pattern, ())
+        for connection, handler in found:
             self.send(source.name, connection, kind, message, _handling(handler, message, None))
 
     def call(
@@ -272,6 +279,12 @@ class Network:
     def is_cut(self, name: str) -> bool:
         """Whether it is cut off now."""
         return name in self._cut
+
+
+def _matches(pattern: str, subject: str) -> bool:
+    """Whether a subject fits a pattern in which "*" stands for any one part."""
+    parts, found = pattern.split("."), subject.split(".")
+    return len(parts) == len(found) and all(part in ("*", one) for part, one in zip(parts, found, strict=True))
 
 
 def _handling(handler: Callable[[Any, Any], None], message: Any, reply: Any) -> Call:

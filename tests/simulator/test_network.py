@@ -72,6 +72,16 @@ def test_a_message_reaches_who_subscribed_and_nobody_else() -> None:
     assert world.heard == [("w0", "a"), ("w1", "b")]
 
 
+def test_who_listens_to_all_hears_everybody() -> None:
+    world = World()
+    tap = world.connect("tap")
+    tap.subscribe(CANCEL, lambda message: world.hear("tap", message), worker_id="*")
+    world.say("a")
+    world.say("b", to="w9")
+    world.kernel.run(1.0)
+    assert world.heard == [("w0", "a"), ("tap", "a"), ("tap", "b")]
+
+
 def test_the_order_between_two_connections_is_kept_even_if_one_message_is_late() -> None:
     world = World(Sky((0.5,), (0.001,)))
     world.say("first")

@@ -19,10 +19,10 @@ from simulator.network import Rough
 INNOCENTS = 6
 
 
-def request(name: str, *prompt: int, seed: int) -> Request:
+def request(name: str, gateway_id: str, *prompt: int, seed: int) -> Request:
     return Request(
         request_id=name,
-        gateway_id="g0",
+        gateway_id=gateway_id,
         deployment="demo",
         prompt=TokensPrompt(token_ids=prompt),
         sampling=Sampling(max_tokens=60, seed=seed),
@@ -47,16 +47,18 @@ def test_poison_is_found_and_the_innocent_live(seed: int) -> None:
         kernel.after(1.0, lambda: start(worker_id))
 
     def begin(call: Request) -> None:
-        cluster.call("g0", "demo", call)
+        cluster.call(call.gateway_id, "demo", call)
 
     cluster.struck = struck
-    cluster.add_gateway("g0")
+    gateways = ("g0", "g1")[: dice.choice((1, 2))]
+    for gateway_id in gateways:
+        cluster.add_gateway(gateway_id)
     for number in range(dice.choice((1, 2, 3))):
         start(f"w{number}")
     kernel.run(1.0)
     names = [f"q{number}" for number in range(INNOCENTS)]
-    calls = [request(name, 97, 98, seed=1 + dice.randrange(1 << 30)) for name in names]
-    calls.insert(dice.randrange(INNOCENTS), request("poison", 97, POISON, seed=1))
+    calls = [request(name, dice.choice(gateways), 97, 98, seed=1 + dice.randrange(1 << 30)) for name in names]
+    calls.insert(dice.randrange(INNOCENTS), request("poison", "g0", 97, POISON, seed=1))
     for call in calls:
         kernel.after(2.0 * dice.random(), partial(begin, call))
     kernel.run(5.0)
