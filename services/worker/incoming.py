@@ -1,9 +1,9 @@
 """The destination side of live migrations: requests that arrive at this worker while they run elsewhere. Pure.
 
 What happens in which state stands in `migration.DESTINATION`; here are the effects. A landing holds a slot of its
-replica from its first round on. Each round is a sequence of the engine that asks for two tokens, which nobody gets: its
-KV blocks stay in the prefix cache, so that the next round, and in the end the request itself, compute only what is new.
-(Two, because the engine registers the blocks of a slice only when the sequence lives one step longer.)
+replica from its first round on. Each round is a sequence of the engine that asks for a token, which nobody gets: its KV
+blocks stay in the prefix cache, so that the next round, and in the end the request itself, compute only what is new.
+The first round asks for two, which shows how long a decode step takes here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from shared.contracts.records import ReplicaState
 from shared.contracts.requests import Request, Sampling, TokensPrompt
 from shared.errors import Code, Failure
 
-ROUND_TOKENS: Final = 2  # see the module
+FIRST_ROUND_TOKENS: Final = 2  # see the module
 ROUND_SAMPLING: Final = Sampling(temperature=0.0, ignore_eos=True)
 EXPIRES_S: Final = 10.0  # after the last word of a source that asks once a second
 
@@ -330,6 +330,7 @@ class Incoming:
         loaded = landing.replica.loaded
         assert loaded is not None
         tokens = (*landing.prompt_ids, *landing.output_ids)
+        wanted = FIRST_ROUND_TOKENS if landing.number == 1 else 1
         landing.submitted_at, landing.first_token_at = now, None
         landing.sequence_id = f"{landing.migration_id}/{landing.number}"
         self._sequences[landing.sequence_id] = landing
@@ -339,7 +340,7 @@ class Incoming:
                 sequence_id=landing.sequence_id,
                 token_ids=tokens,
                 first_index=len(landing.output_ids),
-                max_new_tokens=max(1, min(ROUND_TOKENS, loaded.max_context_tokens - len(tokens))),
+                max_new_tokens=max(1, min(wanted, loaded.max_context_tokens - len(tokens))),
                 sampling=ROUND_SAMPLING,
             )
         ]

@@ -182,14 +182,13 @@ class Convergence:
     def near(self, gap_tokens: int, token_interval_s: float) -> bool:
         """Whether the source should stop now, with `gap_tokens` that the destination does not have.
 
-        `token_interval_s` is the source's own time per token for this request. While a further round prefills the gap
-        and makes its one token more (`step_s`), the source makes the next gap; unless that one shortens the pause by
-        at least half a token's time, the round is not worth its compute.
+        `token_interval_s` is the source's own time per token for this request. While a further round prefills the gap,
+        the source makes the next one; unless that shortens the pause by at least half a token's time, the round is not
+        worth its compute.
         """
         if self.rounds >= MOST_ROUNDS or token_interval_s <= 0:
             return True
-        round_s = self.pause_s(gap_tokens) + self.step_s
-        next_gap = math.ceil(round_s / token_interval_s)
+        next_gap = math.ceil(self.pause_s(gap_tokens) / token_interval_s)
         if next_gap >= gap_tokens:
             return True
         return self.pause_s(gap_tokens) - self.pause_s(next_gap) < token_interval_s / 2
