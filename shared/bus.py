@@ -43,6 +43,9 @@ PULL_EXPIRES_S: Final = 4.0
 PULL_GRACE_S: Final = 1.0
 SUBJECT_FULL: Final = 10077  # JetStream: maximum messages (per subject) exceeded
 QUEUE_MAX_AGE_S: Final = 24 * 3600.0
+# How long after a connection was made, and how often, queues are swept: see `Bus.queue_depths`.
+SWEEP_FOR_S: Final = 1200.0
+SWEEP_S: Final = 5.0
 # One dead consumer must not hold a large share of a queue back; NATS's default (1000) would cap running requests.
 MAX_ACK_PENDING: Final = 65_536
 
@@ -182,6 +185,8 @@ class Bus:
         self._on_disconnect: list[Callable[[], None]] = []
         self._on_reconnect: list[Callable[[], None]] = []
         self._log = log.get("bus")
+        self._connected_at = time.monotonic()
+        self._sweep_at = self._connected_at
         self.closing = False  # a disconnection is wanted now
 
     @classmethod
@@ -416,10 +421,28 @@ class Bus:
         return True
 
     async def queue_depths(self) -> dict[str, int]:
-        """Slug → requests outstanding: waiting or running, that is not acknowledged yet."""
+        """Slug → requests outstanding: waiting or running, that is not acknowledged yet.
+
+        For a while after each connection this also sweeps the queues. A nats-server that was killed remembers what was
+        acknowledged, but may have forgotten that it deleted it: such messages would lie there for ever, given to nobody
+        and counted as outstanding. Whatever a queue's consumer has left behind it is deleted.
+        """
         with self._queue_errors():
             info = await self._js.stream_info(self.stream, subjects_filter=self._subject(REQUESTS.subject(slug="*")))
-        return {subject.rsplit(".", 1)[1]: count for subject, count in (info.state.subjects or {}).items()}
+            depths = {subject.rsplit(".", 1)[1]: count for subject, count in (info.state.subjects or {}).items()}
+            now = time.monotonic()
+            if self._sweep_at <= now < self._connected_at + SWEEP_FOR_S:
+                self._sweep_at = now + SWEEP_S
+                for slug in depths:
+                    await self._sweep(slug)
+        return depths
+
+    async def _sweep(self, slug: str) -> None:
+        with contextlib.suppress(nats.js.errors.NotFoundError):  # no consumer: nothing was acknowledged
+            floor = (await self._js.consumer_info(self.stream, slug)).ack_floor
+            if floor is not None and floor.stream_seq:
+                subject = self._subject(REQUESTS.subject(slug=slug))
+                await self._js.purge_stream(self.stream, subject=subject, seq=floor.stream_seq + 1)
 
     async def pull(self, slug: str, handler: Callable[[Delivery], None]) -> Puller:
         """Pull from the queue of a deployment; nothing comes before `want`."""
@@ -508,6 +531,7 @@ class Bus:
             self.guard(callback)
 
     def _reconnected(self) -> None:
+        self._connected_at = self._sweep_at = time.monotonic()
         for puller in list(self._pullers):
             puller.ask_again()
         for callback in self._on_reconnect:

@@ -263,3 +263,40 @@ async def test_a_lost_connection_is_told(tmp_path: Path) -> None:
         process.wait(10)
         await lost.wait()
         assert not bus.connected
+
+
+async def test_what_a_killed_server_forgot_to_delete_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is killed remembers acknowledgements, not what it deleted for them among other messages."""
+    monkeypatch.setattr("shared.bus.SWEEP_S", 0.05)
+    process, url = start_nats(tmp_path)
+    try:
+        async with asyncio.timeout(60), Bus.connect(url, name="test") as bus:
+            await bus.ensure_stream(limit=100)
+            await bus.ensure_queue("m", ack_wait_s=1.0)
+            got: list[Delivery] = []
+            puller = await bus.pull("m", got.append)
+            for number in range(20):
+                await bus.enqueue("m", a_request(number))
+            puller.want(20)
+            while len(got) < 20:
+                await asyncio.sleep(0.01)
+            for delivery in got[1:]:
+                bus.ack(delivery.token)
+            while await bus.queue_depths() != {"m": 1}:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(1.0)  # the acknowledgements are on its disk
+            process.kill()
+            process.wait(10)
+            process, _ = start_nats(tmp_path, port=int(url.rsplit(":", 1)[1]))
+            del got[1:]
+            puller.want(1)
+            while len(got) < 2:  # the one that was not acknowledged is handed out again, and only that one
+                await asyncio.sleep(0.01)
+            assert got[1].request == a_request(0)
+            bus.ack(got[1].token)
+            while await bus.queue_depths():
+                await asyncio.sleep(0.05)
+            await puller.close()
+    finally:
+        process.kill()
+        process.wait(10)
