@@ -214,6 +214,10 @@ class GatewayCore:
                 self._bus_away = False
                 for owner in self._watch.begin_anew(now, now + self._config.settle_s):
                     self._arm(owner.check_at, _Timer.CHECK, owner.worker_id)
+                # Workers take a gateway that is away for long for dead, and its messages out of the queue.
+                for live in self._live.values():
+                    if live.state is State.QUEUED and live.sequence is not None:
+                        out.append(FindMessage(live.request_id, live.sequence))
             case Closing(failure=failure):
                 for call in list(self._calls.values()):
                     self._fail_call(call, failure, now, out)
@@ -556,7 +560,7 @@ class GatewayCore:
 
     def _message_found(self, request_id: str, sequence: int, found: bool | None, now: float, out: list[Action]) -> None:
         live = self._live.get(request_id)
-        if found is not False or live is None or live.sequence != sequence or live.state is not State.INTERRUPTED:
+        if found is not False or live is None or live.sequence != sequence or live.state is State.STREAMING:
             return
         self._republish(live, now, out)
 

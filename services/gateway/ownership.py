@@ -170,8 +170,9 @@ def replace_message(live: Live) -> None:
     live.delivery = 0
     live.returned = False
     live.acknowledged = False
-    live.epoch += 1
-    live.since_epoch = live.epoch
+    if live.epoch:
+        live.epoch += 1
+        live.since_epoch = live.epoch
 
 
 def _stale(message: str) -> Failure:

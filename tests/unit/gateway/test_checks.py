@@ -255,3 +255,17 @@ def test_a_republished_request_is_the_same_for_its_client() -> None:
     bench.end(3, epoch=epoch, worker="w2")
     assert bench.delivered == {("a", 0): [0, 1, 2]}
     assert bench.accounts[0].ledger.recoveries == 1
+
+
+def test_a_message_that_went_while_the_gateway_was_away_is_published_again() -> None:
+    bench = Bench()
+    bench.admit("a")
+    bench.do(c.Published("a", 0, 17))
+    bench.do(c.Disconnected())
+    out = bench.do(c.Reconnected(), at=60.0)
+    assert only(out, c.FindMessage) == [c.FindMessage("a", 17)]
+    assert bench.do(c.MessageFound("a", 17, True)) == []
+    out = bench.do(c.MessageFound("a", 17, False))
+    assert [action.attempt for action in only(out, c.Publish)] == [1]
+    bench.do(c.Published("a", 1, 18))
+    assert bench.own("a", delivery=1, sequence=18) == 1
