@@ -38,6 +38,7 @@ class Stream:
     call_id: str
     gateway: str
     right: Expected
+    budget_s: float
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     epoch: int = 0
@@ -59,12 +60,12 @@ class Clients:
 
     # -- what clients do and hear
 
-    def begin(self, call_id: str, gateway: str, requests: tuple[Request, ...]) -> None:
+    def begin(self, call_id: str, gateway: str, requests: tuple[Request, ...], budget_s: float) -> None:
         """A client calls."""
         self._by_call[call_id] = [request.request_id for request in requests]
         for request in requests:
             right = expected(request, max_context_tokens=MAX_CONTEXT_TOKENS)
-            self.streams[request.request_id] = Stream(request, call_id, gateway, right)
+            self.streams[request.request_id] = Stream(request, call_id, gateway, right, budget_s)
 
     def frame(self, call_id: str, choice: int, frame: Frame) -> None:
         """Tokens arrive."""

@@ -57,7 +57,7 @@ class ModelGateway:
         self, call_id: str, slug: str, requests: tuple[Request, ...], *, budget_s: float, queue_limit: int = 1000
     ) -> None:
         """A client calls."""
-        self._clients.begin(call_id, self.name, requests)
+        self._clients.begin(call_id, self.name, requests, budget_s)
         self.process.post(
             g.Admitted(
                 call_id=call_id,

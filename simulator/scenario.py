@@ -94,7 +94,7 @@ class Scenario:
     def _worker(self, worker_id: str) -> None:
         dice = self.dice
         speeds = self.speeds.get(worker_id) or Speeds(
-            step_s=dice.choice((0.02, 0.05, 0.1, 0.4, 1.2)),
+            step_s=dice.choice((0.02, 0.05, 0.1, 0.2, 0.6)),
             prefill_token_s=dice.choice((0.0005, 0.005, 0.05)),
             slice_tokens=dice.choice((8, 64)),
         )
@@ -139,7 +139,7 @@ class Scenario:
             return
         gateway_id, deployment = dice.choice(gateways), dice.choice(self.deployments)
         requests = tuple(self._make(gateway_id, deployment) for _ in range(dice.choice((1, 1, 1, 2))))
-        budget_s = dice.choice((120.0, 120.0, 120.0, 120.0, 120.0, 120.0, 3.0))
+        budget_s = 3.0 if dice.random() < 0.1 else None
         self._calls.append((gateway_id, cluster.call(gateway_id, deployment, *requests, budget_s=budget_s)))
 
     def _make(self, gateway_id: str, deployment: str) -> Request:
