@@ -24,11 +24,16 @@ MOST_ROUNDS: Final = 8
 
 
 class SourceState(enum.StrEnum):
-    """Where the source of a migration is. In `QUEUED` it waits for its turn: a destination prefills for few at a time.
-    In `HANDOVER` and `RECLAIM` it is frozen: it computes, and emits nothing."""
+    """Where the source of a migration is.
+
+    In `QUEUED` it waits for its turn: a destination prefills for few at a time. In `LAST_TOKEN` it emits one more
+    token, so that it stops just after one and not in the middle of a step. In `HANDOVER` and `RECLAIM` it is frozen: it
+    computes, and emits nothing.
+    """
 
     QUEUED = "queued"
     ROUND = "round"
+    LAST_TOKEN = "last token"
     HANDOVER = "handover"
     RECLAIM = "reclaim"
     COMMITTED = "committed"
@@ -44,6 +49,7 @@ class SourceInput(enum.StrEnum):
     ROUND_DONE_FAR = "round done, gap still shrinks"
     ROUND_DONE_NEAR = "round done, gap small"
     ROUND_FAILED = "round failed"
+    TOKEN_SENT = "token sent, or none comes"
     HANDED_OVER = "handed over"
     HAND_OVER_FAILED = "hand-over refused or unanswered"
     RECLAIMED = "claim granted"
@@ -74,9 +80,11 @@ SOURCE: Final[Mapping[tuple[SourceState, SourceInput], tuple[SourceState, tuple[
     (_S.QUEUED, _SI.OVER): (_S.ENDED, (_SE.TELL,)),
     (_S.ROUND, _SI.ROUND_PENDING): (_S.ROUND, (_SE.ASK_AGAIN,)),
     (_S.ROUND, _SI.ROUND_DONE_FAR): (_S.ROUND, (_SE.SEND_ROUND,)),
-    (_S.ROUND, _SI.ROUND_DONE_NEAR): (_S.HANDOVER, (_SE.FREEZE, _SE.HAND_OVER)),
+    (_S.ROUND, _SI.ROUND_DONE_NEAR): (_S.LAST_TOKEN, ()),
     (_S.ROUND, _SI.ROUND_FAILED): (_S.ABORTED, (_SE.ABANDON, _SE.TELL)),
     (_S.ROUND, _SI.OVER): (_S.ENDED, (_SE.ABANDON, _SE.TELL)),
+    (_S.LAST_TOKEN, _SI.TOKEN_SENT): (_S.HANDOVER, (_SE.FREEZE, _SE.HAND_OVER)),
+    (_S.LAST_TOKEN, _SI.OVER): (_S.ENDED, (_SE.ABANDON, _SE.TELL)),
     (_S.HANDOVER, _SI.HANDED_OVER): (_S.COMMITTED, (_SE.LET_GO, _SE.TELL)),
     (_S.HANDOVER, _SI.HAND_OVER_FAILED): (_S.RECLAIM, (_SE.RECLAIM,)),
     # The gateway refuses what the source sent before it froze, as the destination's claim was faster than its answer.

@@ -75,6 +75,7 @@ class Departure:
     sent_tokens: int = 0
     sent_at: float = 0.0
     gap_tokens: int = 0
+    last_token_by: float | None = None
     frozen_at: float | None = None
     handed_over_at: float | None = None
     wire_bytes: int = 0
@@ -101,7 +102,8 @@ class Outgoing:
 
     def deadline(self) -> list[float | None]:
         """When time matters."""
-        return [departure.retry_at for departure in self._departures.values()]
+        departures = self._departures.values()
+        return [*(one.retry_at for one in departures), *(one.last_token_by for one in departures)]
 
     def check(self) -> None:
         """Assert the invariants of departures: exactly the frozen ones are in a state in which another may own them."""
@@ -215,8 +217,11 @@ class Outgoing:
                 departure.convergence.observe(event.answer, now - departure.sent_at)
                 gap = departure.run.emitted_tokens - departure.sent_tokens
                 near = departure.convergence.near(gap, departure.run.token_interval_s)
-                what = SourceInput.ROUND_DONE_NEAR if near else SourceInput.ROUND_DONE_FAR
-                return self._input(departure, what, now)
+                if not near:
+                    return self._input(departure, SourceInput.ROUND_DONE_FAR, now)
+                # A token that does not come when it should (a prefill, an engine that stands still) is not waited for.
+                departure.last_token_by = now + 2 * departure.run.token_interval_s
+                return self._input(departure, SourceInput.ROUND_DONE_NEAR, now)
         assert_never(event.answer)
 
     def handed_over(self, event: e.HandOverAnswered, now: float) -> list[e.Action]:
@@ -250,6 +255,11 @@ class Outgoing:
                 return []
         assert_never(event.answer)
 
+    def token_sent(self, run: Run, now: float) -> list[e.Action]:
+        """See `Departures`."""
+        assert run.departure is not None
+        return self._input(run.departure, SourceInput.TOKEN_SENT, now)
+
     def over(self, run: Run, now: float) -> list[e.Action]:
         """See `Departures`."""
         assert run.departure is not None
@@ -261,9 +271,11 @@ class Outgoing:
         return self._input(run.departure, SourceInput.SUPERSEDED, now)
 
     def time(self, now: float) -> list[e.Action]:
-        """What is due: claims that were not answered."""
+        """What is due: claims that were not answered, last tokens that do not come."""
         actions: list[e.Action] = []
         for departure in list(self._departures.values()):
+            if departure.last_token_by is not None and departure.last_token_by <= now:
+                actions += self._input(departure, SourceInput.TOKEN_SENT, now)
             if departure.retry_at is not None and departure.retry_at <= now:
                 departure.retry_at = None
                 actions.append(self._claim(departure))
@@ -294,7 +306,7 @@ class Outgoing:
             case SourceEffect.ASK_AGAIN:
                 return [e.SendRound(departure.to_worker_id, self._question(departure))]
             case SourceEffect.FREEZE:
-                run.frozen, departure.frozen_at = True, now
+                run.frozen, departure.frozen_at, departure.last_token_by = True, now, None
                 return []
             case SourceEffect.HAND_OVER:
                 return [self._hand_over(departure)]

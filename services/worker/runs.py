@@ -34,6 +34,9 @@ BUDGET_GRACE_S: Final = 2.0
 class Departures(Protocol):
     """The source side of migrations, as far as runs must tell it: see `outgoing.py`."""
 
+    def token_sent(self, run: Run, now: float) -> list[e.Action]:
+        """A frame of a request in a migration is on its way."""
+
     def over(self, run: Run, now: float) -> list[e.Action]:
         """A request in a migration is over here."""
 
@@ -302,7 +305,7 @@ class Runs:
                     items.append(generation.failed(ended.failure, ledger=self._ledger(run)))
                     return [e.Ack(run.token), *self.over(run, ended.failure.code.value, now)]
         if reason is None:
-            return []
+            return self.departures.token_sent(run, now) if frame is not None and run.departure is not None else []
         end = self._end_of(run, reason, ended.cached_tokens if ended else 0)
         items.append(end)
         outcome = end.reason.value if end.reason else reason.value

@@ -243,7 +243,7 @@ class RequestList(msgspec.Struct, frozen=True, kw_only=True, tag="request_list",
 
 
 class MigrationInFlight(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A migration as its source shows it in its record. `state` is "queued", "round", "handover" or
+    """A migration as its source shows it in its record. `state` is "queued", "round", "last token", "handover" or
     "reclaim"."""
 
     migration_id: str

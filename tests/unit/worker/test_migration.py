@@ -80,7 +80,8 @@ class Pair:
         sent = self.migrate()
         self.prefilled(self.round(sent))
         answered = e.RoundAnswered(sent.message.migration_id, 1, NEAR)
-        return only(self.source.send(answered), e.SendHandOver)
+        assert self.source.send(answered) == []
+        return only(self.tokens(102), e.SendHandOver)
 
     def handed_over(self, sent: e.SendHandOver) -> e.ClaimRequest:
         """The destination gets the hand-over, and claims."""
@@ -113,19 +114,22 @@ def test_a_migration_from_begin_to_end(pair: Pair) -> None:
     assert done.prefill_s == pytest.approx(0.05)
     assert done.step_s == pytest.approx(0.02)
 
-    hand_over = only(pair.source.send(e.RoundAnswered(sent.message.migration_id, 1, NEAR)), e.SendHandOver)
-    assert (hand_over.message.index, hand_over.message.token_ids) == (5, (102, 103))
+    assert pair.source.send(e.RoundAnswered(sent.message.migration_id, 1, NEAR)) == []
+    last = pair.tokens(104)
+    assert [frame.index for frame in items(last)] == [7]
+    hand_over = only(last, e.SendHandOver)
+    assert (hand_over.message.index, hand_over.message.token_ids) == (5, (102, 103, 104))
     assert hand_over.message.token == "t1"
-    assert not items(pair.tokens(104)), "a frozen request emits nothing"
+    assert not items(pair.tokens(105)), "a frozen request emits nothing"
     claim = pair.handed_over(hand_over)
     assert (claim.message.after_epoch, claim.message.worker_id, claim.token) == (1, "w2", "t1")
 
-    claimed = Claimed(epoch=2, budget_s=50.0, waited_s=1.0, token_ids=(97, 98, 99, 100, 101, 102, 103))
+    claimed = Claimed(epoch=2, budget_s=50.0, waited_s=1.0, token_ids=(97, 98, 99, 100, 101, 102, 103, 104))
     actions = pair.destination.send(e.ClaimAnswered("t1", claimed))
     assert only(actions, e.ReplyTo).answer == HandedOver(epoch=2)
     final = only(actions, e.SubmitSequence)
     assert final.token_ids == (104, 105, *claimed.token_ids)
-    assert final.first_index == 7
+    assert final.first_index == 8
     assert not some(actions, e.Tokenise)
 
     let_go = pair.source.send(e.HandOverAnswered(hand_over.migration_id, HandedOver(epoch=2)))
@@ -134,8 +138,8 @@ def test_a_migration_from_begin_to_end(pair: Pair) -> None:
     assert only(let_go, e.CancelSequence).sequence_id == pair.sequence_id
     assert not pair.source.core.runs
 
-    frames = items(pair.destination.step(StepToken(final.sequence_id, 104), replica_id="r2"))
-    assert [(frame.epoch, frame.index, frame.text) for frame in frames if isinstance(frame, Frame)] == [(2, 7, "h")]
+    frames = items(pair.destination.step(StepToken(final.sequence_id, 105), replica_id="r2"))
+    assert [(frame.epoch, frame.index, frame.text) for frame in frames if isinstance(frame, Frame)] == [(2, 8, "i")]
     closed = pair.destination.step(StepToken(final.sequence_id, 0), replica_id="r2")
     assert only(closed, e.Ack).token == "t1"
     assert (end(closed).ledger.migrations, end(closed).ledger.rounds) == (1, 1)
@@ -181,16 +185,23 @@ def test_a_destination_that_refuses_leaves_the_request_as_it_was(pair: Pair) -> 
 
 def test_a_hand_over_without_an_answer_is_claimed_back_and_nothing_is_lost(pair: Pair) -> None:
     hand_over = pair.frozen()
-    assert not items(pair.tokens(102, 103))
+    assert not items(pair.tokens(103, 104))
     back = only(pair.source.send(e.HandOverAnswered(hand_over.migration_id, UNHEARD)), e.Reclaim)
     assert (back.message.after_epoch, back.message.worker_id) == (1, "w1")
-    claimed = Claimed(epoch=2, budget_s=9.0, waited_s=1.0, token_ids=(97, 98, 99, 100, 101))
+    claimed = Claimed(epoch=2, budget_s=9.0, waited_s=1.0, token_ids=(97, 98, 99, 100, 101, 102))
     actions = pair.source.send(e.ReclaimAnswered(hand_over.migration_id, claimed))
     assert ended(actions) == (MigrationOutcome.ABORTED, UNHEARD)
     (frame,) = items(actions)
     assert isinstance(frame, Frame)
-    assert (frame.epoch, frame.index, frame.token_ids) == (2, 5, (102, 103))
-    assert [one.index for one in items(pair.tokens(104))] == [7]
+    assert (frame.epoch, frame.index, frame.token_ids) == (2, 6, (103, 104))
+    assert [one.index for one in items(pair.tokens(105))] == [8]
+
+
+def test_a_source_that_makes_no_token_stops_without_one(pair: Pair) -> None:
+    sent = pair.migrate()
+    pair.prefilled(pair.round(sent))
+    assert pair.source.send(e.RoundAnswered(sent.message.migration_id, 1, NEAR)) == []
+    assert only(pair.source.wait(1.0), e.SendHandOver).message.index == 5
 
 
 def test_a_request_whose_tokens_the_gateway_lost_goes_back_to_the_queue(pair: Pair) -> None:
@@ -228,12 +239,12 @@ def test_a_gateway_that_does_not_answer_is_asked_again_until_it_does(pair: Pair)
 
 def test_the_end_of_a_frozen_request_is_emitted_only_if_it_stays(pair: Pair) -> None:
     hand_over = pair.frozen()
-    last = pair.source.step(StepToken(pair.sequence_id, 102), SequenceEnd(pair.sequence_id, EndReason.LENGTH))
+    last = pair.source.step(StepToken(pair.sequence_id, 103), SequenceEnd(pair.sequence_id, EndReason.LENGTH))
     assert last == []
     pair.source.send(e.HandOverAnswered(hand_over.migration_id, UNHEARD))
-    claimed = Claimed(epoch=2, budget_s=9.0, waited_s=1.0, token_ids=(97, 98, 99, 100, 101))
+    claimed = Claimed(epoch=2, budget_s=9.0, waited_s=1.0, token_ids=(97, 98, 99, 100, 101, 102))
     actions = pair.source.send(e.ReclaimAnswered(hand_over.migration_id, claimed))
-    assert (end(actions).epoch, end(actions).index) == (2, 6)
+    assert (end(actions).epoch, end(actions).index) == (2, 7)
     assert only(actions, e.Ack).token == "t1"
 
 
@@ -242,7 +253,7 @@ def test_a_frozen_request_whose_replica_breaks_goes_back_only_if_it_stays(pair: 
     pair.source.ask_stop("r1", abort=True)
     assert not some(pair.source.actions, e.Nak)
     pair.source.send(e.HandOverAnswered(hand_over.migration_id, UNHEARD))
-    claimed = Claimed(epoch=2, budget_s=9.0, waited_s=1.0, token_ids=(97, 98, 99, 100, 101))
+    claimed = Claimed(epoch=2, budget_s=9.0, waited_s=1.0, token_ids=(97, 98, 99, 100, 101, 102))
     actions = pair.source.send(e.ReclaimAnswered(hand_over.migration_id, claimed))
     assert only(actions, e.Nak).token == "t1"
 
@@ -296,7 +307,7 @@ def test_a_replica_that_leaves_while_it_claims_gives_the_request_back(pair: Pair
     pair.handed_over(pair.frozen())
     pair.destination.ask_stop("r2", abort=True)
     assert not some(pair.destination.actions, e.Nak)
-    claimed = Claimed(epoch=2, budget_s=50.0, waited_s=1.0, token_ids=(97, 98, 99, 100, 101))
+    claimed = Claimed(epoch=2, budget_s=50.0, waited_s=1.0, token_ids=(97, 98, 99, 100, 101, 102))
     actions = pair.destination.send(e.ClaimAnswered("t1", claimed))
     assert only(actions, e.Nak).token == "t1"
     assert not some(actions, e.SubmitSequence)

@@ -45,6 +45,7 @@ Table = Mapping[tuple[Any, Any], tuple[Any, tuple[Any, ...]]]
 SOURCE_TIMERS: Final = {
     S.QUEUED: (SI.TURN, "the end of the migrations before it, each of which ends"),
     S.ROUND: (SI.ROUND_FAILED, "the ROUND call's timeout"),
+    S.LAST_TOKEN: (SI.TOKEN_SENT, "two intervals of its tokens"),
     S.HANDOVER: (SI.HAND_OVER_FAILED, "the HAND_OVER call's timeout"),
     # The claim is repeated until the gateway answers; one that never does is found dead by HOLDS (gateway_lost_s).
     S.RECLAIM: (SI.OVER, "the gateway_lost_s of HOLDS"),
@@ -324,7 +325,7 @@ def round_arrives(state: State, number: int) -> State:
 
 def happenings(state: State, *, deaths: bool, ends: bool) -> Iterator[State]:
     """Timers, failures and words of the gateway that need no message of the migration. Each may come at any time."""
-    for what in (SI.TURN, SI.ROUND_FAILED, SI.HAND_OVER_FAILED):
+    for what in (SI.TURN, SI.TOKEN_SENT, SI.ROUND_FAILED, SI.HAND_OVER_FAILED):
         yield source_input(state, what)
     for outcome in (DI.PREFILLED, DI.PREFILL_FAILED, DI.EXPIRED, DI.LEAVING):
         yield destination_input(state, outcome)
