@@ -20,16 +20,20 @@ H = TypeVar("H", bound=enum.StrEnum)
 E = TypeVar("E", bound=enum.StrEnum)
 
 
-def draw(begin: tuple[S, Sequence[E]], table: Mapping[tuple[S, H], tuple[S, Sequence[E]]], final: Collection[S]) -> str:
+def draw(begin: tuple[enum.StrEnum, Sequence[enum.StrEnum]], table: Table, final: Collection[enum.StrEnum]) -> str:
     """A Mermaid state diagram: an arrow per row of the table, labelled "input / effects"."""
     first, effects = begin
-    lines = ["stateDiagram-v2", f"    [*] --> {first.name}: / {', '.join(effects)}"]
+    lines = ["stateDiagram-v2", _arrow("[*]", first.name, "", effects)]
     lines += [
-        f"    {state.name} --> {after.name}: {happened} / {', '.join(effects)}"
-        for (state, happened), (after, effects) in table.items()
+        _arrow(state.name, after.name, happened, effects) for (state, happened), (after, effects) in table.items()
     ]
-    lines += [f"    {state.name} --> [*]" for state in sorted(final)]
+    lines += [_arrow(state.name, "[*]", "", ()) for state in sorted(final)]
     return "\n".join(lines)
+
+
+def _arrow(before: str, after: str, happened: str, effects: Sequence[enum.StrEnum]) -> str:
+    label = " / ".join(part for part in (happened, ", ".join(effects)) if part)
+    return f"    {before} --> {after}" + (f": {label}" if label else "")
 
 
 def diagrams() -> dict[str, str]:
