@@ -20,7 +20,7 @@ H = TypeVar("H", bound=enum.StrEnum)
 E = TypeVar("E", bound=enum.StrEnum)
 
 
-def draw(begin: tuple[enum.StrEnum, Sequence[enum.StrEnum]], table: Table, final: Collection[enum.StrEnum]) -> str:
+def draw(begin: tuple[S, Sequence[E]], table: Mapping[tuple[S, H], tuple[S, Sequence[E]]], final: Collection[S]) -> str:
     """A Mermaid state diagram: an arrow per row of the table, labelled "input / effects"."""
     first, effects = begin
     lines = ["stateDiagram-v2", _arrow("[*]", first.name, "", effects)]

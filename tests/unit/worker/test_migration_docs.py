@@ -40,7 +40,7 @@ def test_a_row_of_a_table_is_an_arrow() -> None:
 
     assert drawn.splitlines() == [
         "stateDiagram-v2",
-        "    [*] --> OPEN: / creak",
+        "    [*] --> OPEN: creak",
         "    OPEN --> OPEN: pushed / creak, click",
         "    OPEN --> SHUT: key turned / click",
         "    SHUT --> [*]",
