@@ -188,6 +188,7 @@ class ModelEngine:
 
     name = "model"
     step_began_at: float | None = None
+    kv_used_bytes: int = 0
 
     def __init__(
         self,

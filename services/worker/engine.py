@@ -176,6 +176,12 @@ class BatchingStepper:
         self.eos_token_ids = frozenset(eos_token_ids)
         self.max_sequence_tokens = min(max_context_tokens, infer_max_single_request_tokens(processor.cache))
         self.memory_bytes = _tensor_bytes(processor.cache.cache_tensor, *_tensors_of(self._io))
+        self._kv_bytes = self.free_blocks_bytes
+
+    @property
+    def kv_used_bytes(self) -> int:
+        """See `Engine`."""
+        return self._kv_bytes - self.free_blocks_bytes
 
     @property
     def free_blocks_bytes(self) -> int:

@@ -45,6 +45,7 @@ class SequentialStepper:
         if self.max_sequence_tokens < 2:
             raise HearthError(Code.OUT_OF_MEMORY, f"A KV cache of {size(kv_bytes)} holds not two tokens of this model.")
         self.memory_bytes = self.max_sequence_tokens * kv_bytes_per_token
+        self._kv_bytes_per_token = kv_bytes_per_token
         self.vocab_tokens = int(model.config.get_text_config().vocab_size)
         self.eos_token_ids = frozenset(eos_token_ids)
         self._model = model
@@ -56,6 +57,11 @@ class SequentialStepper:
         self._unseen: list[int] = []  # tokens of the running sequence that are not in the cache yet
         self._cached_tokens = 0
         self._made_tokens = 0
+
+    @property
+    def kv_used_bytes(self) -> int:
+        """See `Engine`."""
+        return self._kv_bytes_per_token * len(self._held) if self._running is not None else 0
 
     def start(self) -> None:
         """See `Stepper`."""

@@ -50,6 +50,8 @@ class Stepper(Protocol):
     def vocab_tokens(self) -> int: ...
     @property
     def eos_token_ids(self) -> frozenset[int]: ...
+    @property
+    def kv_used_bytes(self) -> int: ...
 
     def start(self) -> None:
         """First call on the thread."""
@@ -93,6 +95,7 @@ class ThreadedEngine:
         self._allowed_until = math.inf
         self._dead: Failure | None = None
         self._step_began_at: float | None = None
+        self._kv_used_bytes = 0
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -148,6 +151,11 @@ class ThreadedEngine:
             if sequence_id in self._live:
                 self._commands.append(sequence_id)
                 self._changed.notify()
+
+    @property
+    def kv_used_bytes(self) -> int:
+        """See `Engine`."""
+        return self._kv_used_bytes
 
     @property
     def step_began_at(self) -> float | None:
@@ -227,13 +235,14 @@ class ThreadedEngine:
                     running.discard(command)
                     events.append(SequenceEnd(command, EndReason.CANCELLED))
             if events:
+                self._kv_used_bytes = stepper.kv_used_bytes
                 self._tell(events)
             if running:
                 if self._clock() >= self._allowed_until and not self._allowed():
                     continue  # a command came, or the end
                 self._step_began_at = self._clock()
                 events = stepper.step()
-                self._step_began_at = None
+                self._step_began_at, self._kv_used_bytes = None, stepper.kv_used_bytes
                 # A pause in the middle of the step: its tokens count only if the bytes are found to be the same still.
                 while self._clock() >= self._allowed_until:
                     if not self._allowed(whatever_comes=True):
@@ -260,7 +269,7 @@ class ThreadedEngine:
         self._sink(events)
 
     def _end(self, failure: Failure | None) -> None:
-        self._step_began_at = None
+        self._step_began_at, self._kv_used_bytes = None, 0
         with self._changed:
             self._dead = failure or Failure(code=Code.DRAINING, message="The engine is closed.")
             live = sorted(self._live)

@@ -40,6 +40,7 @@ class NullStepper:
     vocab_tokens = VOCAB_TOKENS
     eos_token_ids: frozenset[int] = frozenset()
     memory_bytes = 0
+    kv_used_bytes = 0
 
     def __init__(self, *, slots: int, max_sequence_tokens: int) -> None:
         self.slots = slots

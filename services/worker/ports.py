@@ -129,6 +129,10 @@ class Engine(Protocol):
         """Stop a sequence within one step: `SequenceEnd` (CANCELLED). Unknown and ended ids are ignored."""
 
     @property
+    def kv_used_bytes(self) -> int:
+        """Bytes of the KV cache that sequences hold; what is only kept for prefix sharing does not count."""
+
+    @property
     def step_began_at(self) -> float | None:
         """The monotonic second at which the step under way began; None between steps. For who looks after a hang."""
 

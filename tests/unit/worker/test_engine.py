@@ -204,11 +204,13 @@ def test_a_cancelled_sequence_gives_its_blocks_back_between_two_steps() -> None:
         stepper.step()
     held = empty - stepper.free_blocks_bytes
     assert held > 0
+    assert stepper.kv_used_bytes == held
     stepper.remove("a")
     assert 0 < empty - stepper.free_blocks_bytes < held
     stepper.step()
     stepper.remove("b")
     assert stepper.free_blocks_bytes == empty
+    assert stepper.kv_used_bytes == 0
     stepper.close()
 
 

@@ -67,6 +67,7 @@ class FakeEngine:
     slots: int = 4
     max_sequence_tokens: int = 100
     step_began_at: float | None = None
+    kv_used_bytes: int = 0
 
     def submit(
         self, sequence_id: str, token_ids: Sequence[int], *, first_index: int, max_new_tokens: int, sampling: Sampling
