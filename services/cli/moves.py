@@ -28,14 +28,33 @@ NAMED: Final = 5
 
 def meant(text: str, ids: Iterable[str], what: str, where: str) -> str:
     """The id that `text` is, or the only one that begins so. Raises `ClientError` saying where ids can be seen."""
-    known = sorted(set(ids))
-    found = [id for id in known if id == text] or [id for id in known if text and id.startswith(text)]
+    found = _beginning(text, ids)
     if not found:
         raise ClientError(f"No {what} has an id that begins with {text!r}; {where}")
     if len(found) > 1:
-        shown = ", ".join(found[:NAMED]) + (" …" if len(found) > NAMED else "")
-        raise ClientError(f"{text!r} could be {len(found)} of them: {shown}.")
+        raise _several(text, found)
     return found[0]
+
+
+def requests_meant(text: str, ids: Iterable[str]) -> list[str]:
+    """The running request that `text` means, or those of one call with several choices (`n`). Raises `ClientError`."""
+    found = _beginning(text, ids)
+    if not found:
+        raise ClientError(f"No running request has an id that begins with {text!r}; hearth requests lists them.")
+    calls = {id.partition("-")[0] for id in found}
+    if len(found) > 1 and len(calls) > 1:
+        raise _several(text, found)
+    return found
+
+
+def _beginning(text: str, ids: Iterable[str]) -> list[str]:
+    known = sorted(set(ids), key=lambda id: (len(id), id))
+    return [id for id in known if id == text] or [id for id in known if text and id.startswith(text)]
+
+
+def _several(text: str, found: list[str]) -> ClientError:
+    shown = ", ".join(found[:NAMED]) + (" …" if len(found) > NAMED else "")
+    return ClientError(f"{text!r} could be {len(found)} of them: {shown}.")
 
 
 def drain_meant(text: str, view: ClusterView) -> tuple[str, str]:
@@ -156,27 +175,46 @@ def requests(options: argparse.Namespace) -> int:
 
 
 def migrate(options: argparse.Namespace) -> int:
-    """Run `hearth migrate`."""
+    """Run `hearth migrate`: 1 if a request that was meant did not move."""
 
     async def work() -> int:
+        lines = Lines()
+        failed = False
         async with Client(options.url) as client:
-            ids = [one.request_id for one in (await client.requests()).data]
-            request_id = meant(options.request, ids, "running request", "hearth requests lists them.")
+            request_ids = requests_meant(options.request, [one.request_id for one in (await client.requests()).data])
             to = options.to
             if to is not None:
                 workers = [record.worker_id for record in (await client.cluster()).workers]
                 to = meant(to, workers, "worker", f"there are: {', '.join(sorted(workers))}.")
-            lines = Lines()
-            with _goes_on(lambda: f"{request_id} goes on moving; hearth requests shows where it is."):
-                async for step in client.migrate(request_id, to):
-                    if isinstance(step, Moving):
-                        lines.say(request_id, moving_words(step))
-                    else:
-                        print(msgspec.json.encode(step).decode() if options.json else moved_words(step), flush=True)
-                        return 0
-        raise ClientError("The gateway ended its answer before the request had moved.")
+
+            async def move(request_id: str) -> None:
+                nonlocal failed
+                try:
+                    ended = await _moved(client, request_id, to, lines)
+                    print(msgspec.json.encode(ended).decode() if options.json else moved_words(ended), flush=True)
+                except ClientError as error:
+                    failed = True
+                    whose = "" if len(request_ids) == 1 else f"{request_id}: "
+                    print(f"hearth: {whose}{error}", file=sys.stderr, flush=True)
+
+            go = "goes" if len(request_ids) == 1 else "go"
+            still = f"{', '.join(request_ids)} {go} on moving; hearth requests shows what runs where."
+            with _goes_on(lambda: still):
+                async with asyncio.TaskGroup() as tasks:
+                    for request_id in request_ids:
+                        tasks.create_task(move(request_id))
+        return int(failed)
 
     return run(work())
+
+
+async def _moved(client: Client, request_id: str, to: str | None, lines: Lines) -> MigrationEnded:
+    """Move one request, saying how far it is; how it ended. Raises `ClientError`."""
+    async for step in client.migrate(request_id, to):
+        if not isinstance(step, Moving):
+            return step
+        lines.say(request_id, moving_words(step))
+    raise ClientError("The gateway ended its answer before the request had moved.")
 
 
 def drain(options: argparse.Namespace) -> int:

@@ -64,6 +64,16 @@ async def test_a_migration(nats_url: str, redis_url: str, prefix: str, capsys: C
         assert scheduler.asked[-1].to_worker_id == ""
 
 
+async def test_the_choices_of_a_call_move_together(nats_url: str, redis_url: str, prefix: str, capsys: Capture) -> None:
+    async with cluster(nats_url, redis_url, prefix) as it:
+        await Worker(it, "w1", runs=[running("a-0", "w1"), running("a-1", "w1"), running("b", "w1")]).start()
+        scheduler = await Scheduler(it, [Failure(code=Code.NO_CAPACITY, message="There is no slot.")]).start()
+        assert await hearth(it, "migrate", "a") == 1
+        assert sorted(one.request_ids for one in scheduler.asked) == [("a-0",), ("a-1",)]
+        says = [f"hearth: a-{index}: There is no slot." for index in (0, 1)]
+        assert sorted(capsys.readouterr().err.splitlines()) == says
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -125,7 +135,7 @@ async def test_a_drain_that_takes_too_long(nats_url: str, redis_url: str, prefix
     ("arguments", "shows", "says"),
     [
         (["drain", "w1"], b"w1: 1 request", b"w1 goes on draining; hearth drain w1 --undo takes that back."),
-        (["migrate", "a"], b"a: loading", b"a goes on moving; hearth requests shows where it is."),
+        (["migrate", "a"], b"a: loading", b"a goes on moving; hearth requests shows what runs where."),
     ],
 )
 async def test_ctrl_c_leaves_the_work_running_and_says_so(

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from services.cli.client import ClientError, DrainingWorker
-from services.cli.moves import drain_meant, left_words, meant, moved_words, moving_words, requests_table
+from services.cli.moves import drain_meant, left_words, meant, moved_words, moving_words, requests_meant, requests_table
 from shared.contracts.migration import MigrationEnded, MigrationOutcome, MigrationReason, Moving, RunningRequest
 from shared.contracts.records import ClusterView, Phase, WorkerRecord
 from tests.unit.cli.test_ps import server
@@ -44,6 +44,18 @@ def test_an_id_may_be_cut_short_as_long_as_it_is_clear() -> None:
     for text in ("zzz", ""):
         with pytest.raises(ClientError, match=f"No request has an id that begins with '{text}'; look there"):
             meant(text, ids, "request", "look there")
+
+
+def test_the_beginning_of_a_call_means_all_its_choices() -> None:
+    ids = [f"{CALL}-0", f"{CALL}-1", f"{CALL}-10", "0124", "fff"]
+    assert requests_meant("0123", ids) == requests_meant(CALL, ids) == [f"{CALL}-0", f"{CALL}-1", f"{CALL}-10"]
+    assert requests_meant(f"{CALL}-1", ids) == [f"{CALL}-1"]
+    assert requests_meant("f", ids) == ["fff"]
+    with pytest.raises(ClientError, match="'012' could be 4 of them: 0124, 0123456789abcdef01234567-0, "):
+        requests_meant("012", ids)
+    for text in ("zzz", ""):
+        with pytest.raises(ClientError, match=f"No running request has an id that begins with '{text}'; hearth req"):
+            requests_meant(text, ids)
 
 
 def test_what_drains_is_a_worker_or_a_server() -> None:
