@@ -64,9 +64,12 @@ class Reply(Generic[R]):
         self._subject: str | None = subject
 
     def __call__(self, message: R | Failure) -> None:
-        """Send the answer."""
+        """Send the answer; one that is larger than the server's largest message is answered with that failure."""
         if self._subject:
-            self._bus.send(self._subject, codec.encode(cast(msgspec.Struct, message)))
+            payload = codec.encode(cast(msgspec.Struct, message))
+            if len(payload) > self._bus.client.max_payload:
+                payload = codec.encode(self._bus.too_large("answer"))
+            self._bus.send(self._subject, payload)
             self._subject = None
 
 
@@ -277,8 +280,8 @@ class Bus:
     async def call(self, endpoint: Endpoint[Q, R], message: Q, *, extra_s: float = 0.0, **ids: str) -> R:
         """Ask and wait for the answer.
 
-        Raises `HearthError`: the peer's own failure, or unavailable when nobody serves the subject (`Unserved`) or
-        nobody answers within the endpoint's timeout plus `extra_s` seconds.
+        Raises `HearthError`: the peer's own failure; unavailable when nobody serves the subject (`Unserved`) or nobody
+        answers within the endpoint's timeout plus `extra_s` seconds; too_large beyond the server's largest message.
         """
         subject = endpoint.subject(**ids)
         try:
@@ -289,6 +292,8 @@ class Bus:
             )
         except nats.errors.NoRespondersError as error:
             raise Unserved(Code.UNAVAILABLE, f"Nobody serves {subject}.") from error
+        except nats.errors.MaxPayloadError as error:
+            raise HearthError.of(self.too_large("call")) from error
         except (nats.errors.Error, TimeoutError, asyncio.CancelledError) as error:
             task = asyncio.current_task()
             wanted = not self.client.is_closed or (task is not None and task.cancelling() > 0)
@@ -540,6 +545,12 @@ class Bus:
     def _subject(self, subject: str) -> str:
         return f"{self.prefix}.{subject}" if self.prefix else subject
 
+    def too_large(self, what: str) -> Failure:
+        """Why a message cannot be sent."""
+        limit_bytes = self.client.max_payload
+        message = f"The {what} is larger than the {limit_bytes} bytes that NATS takes in one message."
+        return Failure(code=Code.TOO_LARGE, message=message)
+
     @contextlib.contextmanager
     def _queue_errors(self) -> Any:
         """JetStream's exceptions as the table's errors."""
@@ -550,7 +561,6 @@ class Bus:
                 raise HearthError(Code.QUEUE_FULL) from error
             raise HearthError(Code.UNAVAILABLE, f"The request queue refused: {error.description}.") from error
         except nats.errors.MaxPayloadError as error:
-            message = f"The request is larger than the {self.client.max_payload} bytes that NATS takes in one message."
-            raise HearthError(Code.TOO_LARGE, message) from error
+            raise HearthError.of(self.too_large("request")) from error
         except (nats.errors.Error, nats.js.errors.Error, TimeoutError) as error:
             raise HearthError(Code.UNAVAILABLE, "The request queue does not answer.") from error

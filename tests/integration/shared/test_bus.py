@@ -6,6 +6,7 @@ import asyncio
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from shared.bus import Bus, Delivery, Reply, Unserved
@@ -73,6 +74,19 @@ async def test_nobody_there_is_told_at_once(bus: Bus) -> None:
         await bus.call(CLAIM, a_claim(), gateway_id="nobody")
     assert caught.value.failure.code is Code.UNAVAILABLE
     assert isinstance(caught.value, Unserved)
+
+
+async def test_what_is_larger_than_a_message_may_be_is_said_at_once(bus: Bus) -> None:
+    def answer(claim: Claim, reply: Reply[Claimed | Gone]) -> None:
+        reply(Claimed(epoch=1, budget_s=1.0, waited_s=0.0, token_ids=tuple(range(bus.client.max_payload // 4))))
+
+    await bus.serve(CLAIM, answer, gateway_id="g")
+    await bus.flush()
+    large = msgspec.structs.replace(a_claim(), claim_id="x" * bus.client.max_payload)
+    for claim, what in ((large, "The call is larger"), (a_claim(), "The answer is larger")):
+        with pytest.raises(HearthError, match=what) as caught:
+            await bus.call(CLAIM, claim, gateway_id="g")
+        assert caught.value.failure.code is Code.TOO_LARGE
 
 
 async def test_a_crashing_handler_answers_internal_and_the_service_lives(bus: Bus) -> None:
