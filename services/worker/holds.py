@@ -26,7 +26,7 @@ class Holdings:
     def ask(self, worker_id: str, owned: Mapping[str, Sequence[Owned]], now: float) -> list[tuple[str, Holds]]:
         """It is time: what to tell which gateway. One that has not answered the last time yet is not asked again."""
         self.due_at = now + self._hold_s if owned else None
-        for gateway_id in [one for one in self._silent_since if one not in owned and one not in self._asked]:
+        for gateway_id in [one for one in self._silent_since if one not in owned]:
             del self._silent_since[gateway_id]
         told: list[tuple[str, Holds]] = []
         for gateway_id, requests in owned.items():
