@@ -193,7 +193,7 @@ class ModelWorker:
                 self._call(
                     CLAIM,
                     action.message,
-                    lambda answer, _: e.ClaimAnswered(token, answer),
+                    lambda answer, unserved: e.ClaimAnswered(token, answer, unserved),
                     gateway_id=action.gateway_id,
                 )
             case e.Reclaim():

@@ -120,7 +120,7 @@ class WorkerCore:
             case e.DeliveryArrived():
                 return self._runs.delivered(event, now)
             case e.ClaimAnswered():
-                return self._runs.claimed(event.token, event.answer, now)
+                return self._runs.claimed(event, now)
             case e.Tokenised():
                 return self._runs.tokenised(event, now)
             case e.TokeniseFailed():

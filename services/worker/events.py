@@ -219,10 +219,11 @@ class DeliveryArrived:
 
 @dataclass(frozen=True, slots=True)
 class ClaimAnswered:
-    """The gateway's answer to a claim."""
+    """The gateway's answer to a claim. `unserved`: nobody serves the call, so the gateway is dead or cut off."""
 
     token: str
     answer: Claimed | Gone | Failure
+    unserved: bool = False
 
 
 @dataclass(frozen=True, slots=True)

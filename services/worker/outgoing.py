@@ -189,7 +189,7 @@ class Outgoing:
         busy_tokens = sum(_tokens(one.run) for one in there if one.state is not SourceState.QUEUED)
         actions: list[e.Action] = []
         for departure in there:
-            if departure.state is not SourceState.QUEUED:
+            if departure.state is not SourceState.QUEUED or departure.run.doomed:
                 continue
             tokens = _tokens(departure.run)
             if busy_tokens and busy_tokens + tokens > self.tokens_at_once:

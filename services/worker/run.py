@@ -50,7 +50,7 @@ class Run:
 
     `prompt_ids` and `echo_text` are known once it is tokenised. While it is `frozen` nothing of it is emitted: its
     tokens pile up in `generation`, and what else happens is kept for the thaw (`ended`: the engine's end of it,
-    `doomed`: it must be given back instead, with `fault` or not).
+    `doomed`: it must be given back instead, with `fault` or not). `budget_ends_at` is a monotonic second.
     """
 
     request: Request
@@ -64,6 +64,7 @@ class Run:
     asked_at: float = 0.0
     claimed: Claimed | None = None
     claimed_at: float = 0.0
+    budget_ends_at: float = 0.0
     cancelled: Cancel | None = None
     ledger: Ledger = field(default_factory=Ledger)
     generation: Generation | None = None
@@ -96,6 +97,12 @@ class Run:
         if self.generation is not None:
             return self.generation.emitted
         return len(self.claimed.token_ids) if self.claimed else 0
+
+    def own(self, claimed: Claimed, now: float) -> None:
+        """Its gateway has given it to this worker, or left it here at a new epoch."""
+        if self.claimed is None:
+            self.claimed_at = now
+        self.claimed, self.budget_ends_at = claimed, now + claimed.budget_s
 
     def token_came(self, now: float) -> None:
         """The engine has made one more token."""

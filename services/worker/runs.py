@@ -135,8 +135,9 @@ class Runs:
         )
         return e.ClaimRequest(run.token, run.request.gateway_id, message)
 
-    def claimed(self, token: str, answer: Claimed | Gone | Failure, now: float) -> list[e.Action]:
+    def claimed(self, event: e.ClaimAnswered, now: float) -> list[e.Action]:
         """The gateway's answer to a claim."""
+        token, answer = event.token, event.answer
         run = self.by_token.get(token)
         if run is None or run.state is not RunState.CLAIMING:
             return []
@@ -157,11 +158,11 @@ class Runs:
             case Failure(code=Code.BUSY):
                 return [e.Nak(token, BUSY_S), *self.over(run, "deferred", now)]
             case Failure():
-                if run.delivery < self.limits.max_deliveries:
-                    # It may be cut off and come back: the request goes back to the queue for a while.
-                    return [e.Nak(token, GATEWAY_AWAY_S), *self.over(run, answer.code.value, now)]
-                # The gateway is dead, and its clients' connections with it: nobody waits.
-                return [e.Ack(token), *self.over(run, answer.code.value, now)]
+                if event.unserved and run.delivery >= self.limits.max_deliveries:
+                    # The gateway is dead, and its clients' connections with it: nobody waits.
+                    return [e.Ack(token), *self.over(run, answer.code.value, now)]
+                # One that is on the bus and silent may live; one that is not may be cut off and come back.
+                return [e.Nak(token, GATEWAY_AWAY_S), *self.over(run, answer.code.value, now)]
             case Claimed():
                 self._own(run, answer, now)
                 run.ledger = run.replica.ledger(waited_s=answer.waited_s, now=run.asked_at)
@@ -194,7 +195,7 @@ class Runs:
         assert_never(answer)
 
     def _own(self, run: Run, answer: Claimed, now: float) -> None:
-        run.claimed, run.claimed_at = answer, now
+        run.own(answer, now)
         self._holdings.began(run.request.gateway_id, now)
 
     def tokenised(self, event: e.Tokenised, now: float) -> list[e.Action]:
@@ -316,7 +317,8 @@ class Runs:
         generation = run.generation
         assert run.frozen and generation is not None
         run.frozen = False
-        run.claimed, generation.epoch = claimed, claimed.epoch
+        run.own(claimed, now)
+        generation.epoch = claimed.epoch
         if run.doomed or len(claimed.token_ids) != generation.emitted:  # or frames were lost before
             return self.give_back(run, now, fault=run.fault)
         items: list[Frame | End] = []
@@ -349,6 +351,8 @@ class Runs:
     def give_back_all(self, replica: Replica, now: float, *, fault: bool = False) -> list[e.Action]:
         """Let other workers go on with all that runs in a replica."""
         runs = [self.by_token[token] for token in list(replica.held) if token in self.by_token]
+        for run in runs:
+            run.doomed = True  # so that the end of one migration is not the turn of the next that ends, too
         return [action for run in runs for action in self.give_back(run, now, fault=fault)]
 
     def give_back(self, run: Run, now: float, *, fault: bool = False) -> list[e.Action]:
@@ -539,6 +543,6 @@ class Runs:
         spent = [
             run
             for run in self.by_token.values()
-            if run.claimed is not None and now > run.claimed_at + run.claimed.budget_s + BUDGET_GRACE_S
+            if run.claimed is not None and now > run.budget_ends_at + BUDGET_GRACE_S
         ]
         return [action for run in spent for action in self._fail(run, failure, now)]

@@ -439,7 +439,7 @@ class WorkerShell:
         try:
             answer = await self._context.bus.call(CLAIM, action.message, gateway_id=action.gateway_id)
         except HearthError as error:
-            return e.ClaimAnswered(action.token, error.failure)
+            return e.ClaimAnswered(action.token, error.failure, unserved=isinstance(error, Unserved))
         return e.ClaimAnswered(action.token, answer)
 
     async def _send_round(self, action: e.SendRound) -> e.Event:

@@ -217,24 +217,27 @@ def test_a_request_that_nobody_wants_is_acknowledged(world: World) -> None:
     assert free_slots(world) == 2
 
 
-def without_gateway(world: World, delivery: int) -> list[e.Action]:
+def without_gateway(world: World, *, delivery: int, unserved: bool) -> list[e.Action]:
     world.deliver(delivery=delivery)
     for wait_s in (0.2, 0.5, 1.0):
-        world.send(e.ClaimAnswered("t1", UNAVAILABLE))
+        world.send(e.ClaimAnswered("t1", UNAVAILABLE, unserved))
         assert not some(world.wait(wait_s * 0.9), e.ClaimRequest)
         assert some(world.wait(wait_s), e.ClaimRequest)
-    return world.send(e.ClaimAnswered("t1", UNAVAILABLE))
+    return world.send(e.ClaimAnswered("t1", UNAVAILABLE, unserved))
 
 
-def test_a_gateway_that_does_not_answer_is_asked_three_times_more_then_the_request_goes_back(world: World) -> None:
-    given_back = only(without_gateway(world, delivery=1), e.Nak)
+@pytest.mark.parametrize(("delivery", "unserved"), [(1, True), (1, False), (30, False)])
+def test_a_gateway_that_does_not_answer_is_asked_three_times_more_then_the_request_goes_back(
+    world: World, delivery: int, unserved: bool
+) -> None:
+    given_back = only(without_gateway(world, delivery=delivery, unserved=unserved), e.Nak)
     assert given_back.token == "t1"
     assert given_back.delay_s > 0
     assert free_slots(world) == 2
 
 
 def test_a_request_whose_gateway_stays_away_is_dropped_in_the_end(world: World) -> None:
-    assert only(without_gateway(world, delivery=3), e.Ack).token == "t1"
+    assert only(without_gateway(world, delivery=3, unserved=True), e.Ack).token == "t1"
     assert free_slots(world) == 2
 
 

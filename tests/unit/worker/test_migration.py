@@ -9,7 +9,7 @@ import pytest
 
 from services.worker import events as e
 from services.worker.migration import Convergence
-from services.worker.ports import EndReason, SequenceEnd, StepToken
+from services.worker.ports import EndReason, EngineDied, SequenceEnd, StepToken
 from shared.contracts.generation import Frame
 from shared.contracts.migration import (
     AbandonRound,
@@ -210,6 +210,28 @@ def test_a_request_whose_tokens_the_gateway_lost_goes_back_to_the_queue(pair: Pa
     claimed = Claimed(epoch=2, budget_s=9.0, waited_s=1.0, token_ids=(97, 98))
     actions = pair.source.send(e.ReclaimAnswered(hand_over.migration_id, claimed))
     assert only(actions, e.Nak).token == "t1"
+
+
+def test_a_request_that_comes_back_to_its_source_has_the_time_that_its_gateway_says(pair: Pair) -> None:
+    pair.source.wait(30.0)
+    hand_over = pair.frozen()
+    pair.source.send(e.HandOverAnswered(hand_over.migration_id, UNHEARD))
+    claimed = Claimed(epoch=2, budget_s=29.0, waited_s=31.0, token_ids=(97, 98, 99, 100, 101, 102))
+    pair.source.send(e.ReclaimAnswered(hand_over.migration_id, claimed))
+    assert not items(pair.source.wait(28.0))
+    spent = end(pair.source.wait(10.0)).failure
+    assert spent is not None and spent.code is Code.DEADLINE_EXCEEDED
+
+
+def test_requests_that_are_given_back_do_not_begin_to_migrate(pair: Pair) -> None:
+    pair.source.running(request("q2"), token="t2")
+    pair.source.core.outgoing.tokens_at_once = 1
+    pair.migrate()
+    second = Migrate(to_worker_id="w2", to_replica_id="r2", request_ids=("q2",))
+    assert not some(pair.source.send(e.MigrateAsked(second, pair.source.replies.append)), e.SendRound)
+    actions = pair.source.step(EngineDied(UNHEARD))
+    assert sorted(one.token for one in some(actions, e.Nak)) == ["t1", "t2"]
+    assert not some(actions, e.SendRound)
 
 
 def test_a_destination_that_claimed_and_was_not_heard_keeps_the_request(pair: Pair) -> None:
