@@ -144,7 +144,7 @@ ROUND: Final[Endpoint[Round, RoundPending | RoundDone]] = Endpoint(
     "v1.worker.{worker_id}.round", Round, (RoundPending, RoundDone), 2.0
 )
 HAND_OVER: Final[Endpoint[HandOver, HandedOver]] = Endpoint(
-    "v1.worker.{worker_id}.hand_over", HandOver, (HandedOver,), 3.0
+    "v1.worker.{worker_id}.hand_over", HandOver, (HandedOver,), 1.5
 )
 ABANDON: Final = Topic("v1.worker.{worker_id}.abandon", AbandonRound)
 MIGRATION_ENDED: Final = Topic("v1.migrations.{worker_id}", MigrationEnded)
