@@ -252,7 +252,8 @@ class Bus:
                     await bus.flush()
                 bus.closing = True
                 writer.cancel()  # nats-py may swallow it while it waits for its flusher: the flag ends the writer then
-                await client.close()
+                with contextlib.suppress(OSError):  # the server goes at the same moment
+                    await client.close()
 
     @property
     def connected(self) -> bool:
@@ -417,13 +418,16 @@ class Bus:
             await self._js.delete_msg(self.stream, sequence)
 
     async def queued(self, sequence: int) -> bool:
-        """Whether the queue has this message still, waiting or handed out; it is gone once it was acknowledged."""
+        """Whether the queue has this message still, waiting or handed out; it is gone once it was acknowledged.
+
+        One that is stored but that its consumer has left behind it is gone as well: see `queue_depths`.
+        """
         with self._queue_errors():
             try:
-                await self._js.get_msg(self.stream, sequence)
+                subject = (await self._js.get_msg(self.stream, sequence)).subject or ""
             except nats.js.errors.NotFoundError:
                 return False
-        return True
+            return sequence > await self._floor(subject.rsplit(".", 1)[-1])
 
     async def queue_depths(self) -> dict[str, int]:
         """Slug → requests outstanding: waiting or running, that is not acknowledged yet.
@@ -443,11 +447,18 @@ class Bus:
         return depths
 
     async def _sweep(self, slug: str) -> None:
-        with contextlib.suppress(nats.js.errors.NotFoundError):  # no consumer: nothing was acknowledged
-            floor = (await self._js.consumer_info(self.stream, slug)).ack_floor
-            if floor is not None and floor.stream_seq:
-                subject = self._subject(REQUESTS.subject(slug=slug))
-                await self._js.purge_stream(self.stream, subject=subject, seq=floor.stream_seq + 1)
+        floor = await self._floor(slug)
+        if floor:
+            subject = self._subject(REQUESTS.subject(slug=slug))
+            await self._js.purge_stream(self.stream, subject=subject, seq=floor + 1)
+
+    async def _floor(self, slug: str) -> int:
+        """The sequence up to which everything in the queue of a deployment was acknowledged."""
+        try:
+            info = await self._js.consumer_info(self.stream, slug)
+        except nats.js.errors.NotFoundError:  # no consumer: nothing was
+            return 0
+        return info.ack_floor.stream_seq if info.ack_floor is not None else 0
 
     async def pull(self, slug: str, handler: Callable[[Delivery], None]) -> Puller:
         """Pull from the queue of a deployment; nothing comes before `want`."""

@@ -282,6 +282,7 @@ async def test_a_lost_connection_is_told(tmp_path: Path) -> None:
 async def test_what_a_killed_server_forgot_to_delete_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is killed remembers acknowledgements, not what it deleted for them among other messages."""
     monkeypatch.setattr("shared.bus.SWEEP_S", 0.05)
+    monkeypatch.setattr("shared.bus.SWEEP_FOR_S", 0.0)
     process, url = start_nats(tmp_path)
     try:
         async with asyncio.timeout(60), Bus.connect(url, name="test") as bus:
@@ -298,6 +299,7 @@ async def test_what_a_killed_server_forgot_to_delete_is_swept(tmp_path: Path, mo
                 bus.ack(delivery.token)
             while await bus.queue_depths() != {"m": 1}:
                 await asyncio.sleep(0.01)
+            forgotten = got[10].sequence
             await asyncio.sleep(1.0)  # the acknowledgements are on its disk
             process.kill()
             process.wait(10)
@@ -308,6 +310,10 @@ async def test_what_a_killed_server_forgot_to_delete_is_swept(tmp_path: Path, mo
                 await asyncio.sleep(0.01)
             assert got[1].request == a_request(0)
             bus.ack(got[1].token)
+            while await bus.queued(forgotten):  # it is stored, and still it is gone
+                await asyncio.sleep(0.01)
+            assert await bus.queue_depths() != {}
+            monkeypatch.setattr("shared.bus.SWEEP_FOR_S", 1000.0)
             while await bus.queue_depths():
                 await asyncio.sleep(0.05)
             await puller.close()
