@@ -191,8 +191,14 @@ class Injector:
         for name, process in self._fleet.processes.items():
             if name in self._busy or process.poll() is None:
                 continue
-            self.complaints.append(f"{name} ended by itself with {process.returncode}")
+            if process.returncode != 1 or not self._had_no_servers(name):
+                self.complaints.append(f"{name} ended by itself with {process.returncode}")
             self._fleet.start(name)
+
+    def _had_no_servers(self, name: str) -> bool:
+        """Whether it ended as NATS or Redis was away just when it started: its supervisor starts it again, as here."""
+        last = self._fleet.log(name).splitlines()[-1:]
+        return any('"service.failed"' in line and '"unavailable"' in line for line in last)
 
 
 __all__ = ["CUT", "DRAIN", "END", "KILL", "MIGRATE", "STOP", "Happened", "Injector"]

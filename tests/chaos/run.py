@@ -48,6 +48,8 @@ def run(
 ) -> tuple[Report, str]:
     """The report, and the tails of the logs if it has failures. `every_s`: mean seconds between two faults."""
     report = Report(seed)
+    if (home / "fleet").exists():
+        raise FileExistsError(f"{home} holds an earlier run; its logs would be taken for this one's")
     dice = random.Random(seed)
     model = make_model(home / "model", context=2048, eos=False)
     with Fleet(home / "fleet", servers=2, workers=2, gateways=2) as fleet:
