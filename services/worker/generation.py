@@ -1,7 +1,8 @@
 """A request's tokens → its text: detokenising, stop strings, limits, and the frames and the end that the gateway gets.
 
 Everything here is a function of the tokens alone. So a worker that takes over a request replays the tokens that the
-client has, drops the text that they release (it was delivered with them), and goes on as if nothing had happened.
+client has (the last of them: see `replayed_from`), drops the text that they release (it was delivered with them), and
+goes on as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from shared.contracts.generation import End, FinishReason, Frame, Ledger, Logpro
 from shared.contracts.requests import Request, TextPrompt
 from shared.errors import Code, Failure
 
+REPLAYED_TOKENS: Final = 128  # of a request that is taken over, at least, if it has so many
+REPLACEMENT: Final = "\ufffd"
+
 
 class StopScan:
     """Finds stop strings in a text that comes in pieces; holds back the end of a piece that may begin one.
@@ -24,7 +28,7 @@ class StopScan:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops: Final = tuple(dict.fromkeys(stop for stop in stops if stop))
-        self._longest: Final = max(map(len, self._stops), default=0)
+        self.longest: Final = max(map(len, self._stops), default=0)
         self._held = ""
         self.found: str | None = None
 
@@ -53,7 +57,7 @@ class StopScan:
         return held
 
     def _beginning_of_a_stop(self, text: str) -> int:
-        for length in range(min(self._longest - 1, len(text)), 0, -1):
+        for length in range(min(self.longest - 1, len(text)), 0, -1):
             tail = text[len(text) - length :]
             if any(stop.startswith(tail) for stop in self._stops):
                 return length
@@ -97,7 +101,7 @@ class Generation:
         self._text = echo_text
         if limit_tokens <= 0:
             self.finished = FinishReason.LENGTH
-        for token_id in so_far:
+        for token_id in so_far[replayed_from(tokenizer, so_far, self._scan.longest) :]:
             self.push(token_id)
         if so_far:  # delivered already, the echo with the first of them
             self._token_ids, self._text = [], ""
@@ -181,6 +185,28 @@ class Generation:
             chosen=TokenLogprob(token_id=token_id, text=text_of(token_id), logprob=logprobs.chosen),
             top=tuple(TokenLogprob(token_id=id, text=text_of(id), logprob=value) for id, value in logprobs.top),
         )
+
+
+def replayed_from(tokenizer: Tokenizer, token_ids: Sequence[int], longest_stop: int) -> int:
+    """The index from which on a replay of `token_ids` leads to the same state as one from the beginning.
+
+    All of them would keep the worker's loop, and whoever waits for the request, busy for 10 µs a token. What a
+    detokeniser holds back is forgotten after two tokens in a row that are whole characters by themselves; what a scan
+    for stop strings (of at most `longest_stop` characters) holds back is shorter than a stop string.
+    """
+    begin = len(token_ids)
+    while begin > 0:
+        begin = max(0, begin - REPLAYED_TOKENS)
+        if len(tokenizer.decode(token_ids[begin:])) >= 4 * longest_stop:  # more than enough, whatever is left of bytes
+            break
+    while begin > 0 and not all(_whole(tokenizer, token_id) for token_id in token_ids[begin : begin + 2]):
+        begin -= 1
+    return begin
+
+
+def _whole(tokenizer: Tokenizer, token_id: int) -> bool:
+    text = tokenizer.decode([token_id])
+    return text != "" and REPLACEMENT not in text
 
 
 def encode(request: Request, tokenizer: Tokenizer) -> tuple[tuple[int, ...], str]:

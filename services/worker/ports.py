@@ -176,7 +176,7 @@ class Tokenizer(Protocol):
         """
 
     def stream(self, *, skip_special: bool = True) -> TextStream:
-        """A fresh stream, as at index 0. To go on after a resume, push the tokens so far and drop their text."""
+        """A fresh stream, as at index 0. To go on after a resume, push the last tokens so far and drop their text."""
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of these tokens at once (for `echo`)."""

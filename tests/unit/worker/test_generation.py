@@ -6,10 +6,11 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.worker.generation import Generation, StopScan, encode, limit_tokens
+from services.worker.generation import REPLAYED_TOKENS, Generation, StopScan, encode, limit_tokens
 from services.worker.ports import PositionLogprobs
 from shared.contracts.generation import FinishReason, Frame, Ledger
 from shared.contracts.requests import Sampling, TextPrompt, TokensPrompt
@@ -220,6 +221,41 @@ def test_wherever_a_worker_takes_over_the_client_sees_the_same_text(
     assert "".join(frame.text for frame in delivered) + rest == text
     assert [frame.index for frame in more] == [frame.index for frame in frames[len(delivered) :]]
     assert resumed.usage() == whole.usage()
+
+
+class CountingTokenizer(LetterTokenizer):
+    pushed = 0
+
+    def stream(self, *, skip_special: bool = True) -> Any:
+        counting, inner = self, super().stream()
+
+        class Stream:
+            def push(self, token_id: int) -> str:
+                counting.pushed += 1
+                return inner.push(token_id)
+
+            def finish(self) -> str:
+                return inner.finish()
+
+        return Stream()
+
+
+@pytest.mark.parametrize("stop", [(), ("END",), ("x" * 300,)])
+def test_who_takes_over_does_not_replay_a_long_text_from_its_beginning(stop: tuple[str, ...]) -> None:
+    tokenizer = CountingTokenizer()
+    made = Generation(
+        request=request(sampling=Sampling(stop=stop)),
+        epoch=3,
+        tokenizer=tokenizer,
+        prompt_tokens=2,
+        limit_tokens=20_000,
+        so_far=ids("a" * 10_000 + "EN"),
+    )
+    assert made.emitted == made.resumed_tokens == len(made.output) == 10_002
+    assert tokenizer.pushed <= REPLAYED_TOKENS + 4 * max(map(len, stop), default=0)
+    frames, text = run(made, ids("Db"))
+    assert (text, made.finished) == (("", FinishReason.STOP) if stop == ("END",) else ("Db", None))
+    assert frames[0].index == 10_002
 
 
 def test_who_takes_over_does_not_echo_again() -> None:
