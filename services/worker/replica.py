@@ -278,6 +278,11 @@ class Replica:
         self.held[token] = None
         return True
 
+    def take_again(self, now: float) -> list[Action]:
+        """A request came that is here already: another one is asked for in its place."""
+        self.wanted = max(0, self.wanted - 1)
+        return self.advance(now)
+
     def reserve(self, name: str) -> list[Action] | None:
         """Hold a slot for a request that is to come from another worker; None if none is free."""
         if self.state is not ReplicaState.READY or len(self.held) >= self.slots:

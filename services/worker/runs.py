@@ -69,6 +69,7 @@ class Runs:
         self._retries: dict[str, Run] = {}
         self._holdings: Final = Holdings(hold_s=limits.hold_s, lost_s=limits.gateway_lost_s)
         self._beat_at: float | None = None
+        self._begun = 0
 
     def deadline(self) -> list[float | None]:
         """When time matters."""
@@ -100,6 +101,9 @@ class Runs:
         """The queue gave a request to a replica."""
         actions: list[e.Action] = []
         replica = self._replicas.get(event.replica_id)
+        if event.token in self.by_token:
+            # A queue that was killed may have forgotten its last deliveries, and repeats them.
+            return [] if replica is None else replica.take_again(now)
         if replica is None or not replica.take(event.token):
             return [e.Nak(event.token)]
         older = self.by_request.get(event.request.request_id)
@@ -234,7 +238,10 @@ class Runs:
             end = self._end_of(run, generation.finished, 0)
             return [self._publish(run, [end]), e.Ack(run.token), *self.over(run, generation.finished.value, now)]
         run.state = RunState.RUNNING
-        run.sequence_id = f"{run.request_id}.{claimed.epoch}"
+        # Not by the epoch alone: whoever claims a delivery twice gets the same one, and the engine may have yet to end
+        # the sequence of the first claim.
+        self._begun += 1
+        run.sequence_id = f"{run.request_id}.{claimed.epoch}.{self._begun}"
         self._sequences[run.sequence_id] = run
         return [
             e.SubmitSequence(

@@ -314,6 +314,25 @@ def test_a_second_delivery_takes_the_place_of_the_first(world: World) -> None:
     assert outcome(world) == "superseded"
 
 
+def test_a_queue_that_forgot_a_delivery_repeats_it_and_the_engine_hears_of_another_sequence(world: World) -> None:
+    before = world.running(token="t1", delivery=1, epoch=1)
+    actions = world.deliver(token="t1b", delivery=1)
+    assert only(actions, e.CancelSequence).sequence_id == before
+    tokenised = world.claim("t1b", epoch=1, token_ids=(65,))
+    asked = only(tokenised, e.Tokenise)
+    assert asked.token == "t1b"
+    submitted = only(world.send(e.Tokenised("t1b", (1, 2))), e.SubmitSequence)
+    assert submitted.sequence_id != before, "the engine has not yet ended the first"
+    assert world.step(StepToken(before, 66)) == [], "what the first one still brings is nobody's"
+    assert items(world.step(StepToken(submitted.sequence_id, 66)))
+
+
+def test_a_delivery_that_is_repeated_as_it_was_changes_nothing(world: World) -> None:
+    world.running(token="t1")
+    assert only(world.deliver(token="t1"), e.Want).requests == 1, "the place of what came again is asked for again"
+    assert list(world.core.runs) == ["t1"]
+
+
 def test_a_delivery_to_a_replica_that_takes_nothing_is_given_back(world: World) -> None:
     world.ask_stop(drain=True)
     assert world.deliver() == [e.Nak("t1")]
