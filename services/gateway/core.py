@@ -354,7 +354,9 @@ class GatewayCore:
         kind = judge(live, claim)
         if not isinstance(kind, Grant):
             return kind
-        if kind is not Grant.AGAIN:
+        if kind is Grant.AGAIN:
+            live.token = claim.token or live.token  # a queue that forgot a delivery repeats it by another token
+        else:
             if kind is Grant.RECOVERY and self._is_alive(live, claim, now):
                 return let_be()
             held_s = now - live.owned_at

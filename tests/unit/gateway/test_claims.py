@@ -120,6 +120,13 @@ def test_a_delivery_whose_claim_comes_twice_has_one_epoch() -> None:
     assert bench.concluded == [("a", 0)]
 
 
+def test_a_delivery_that_is_repeated_by_another_token_is_given_back_by_that() -> None:
+    bench = Bench()
+    bench.begin(tokens=1)
+    assert bench.own(token="a.1.again", sequence=17) == 1, "a queue that was killed has forgotten the first time"
+    assert only(bench.kill("w1"), c.GiveBack) == [c.GiveBack("a.1.again")]
+
+
 def test_a_late_copy_of_an_old_claim_takes_nothing_away() -> None:
     bench = Bench()
     bench.begin(tokens=1)
