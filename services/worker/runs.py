@@ -101,12 +101,14 @@ class Runs:
         """The queue gave a request to a replica."""
         actions: list[e.Action] = []
         replica = self._replicas.get(event.replica_id)
-        if event.token in self.by_token:
-            # A queue that was killed may have forgotten its last deliveries, and repeats them.
+        older = self.by_request.get(event.request.request_id)
+        late = older is not None and older.sequence == event.sequence and event.delivery < older.delivery
+        if late or event.token in self.by_token:
+            # A queue that was killed may have forgotten its last deliveries, and repeats them; one that was on its way
+            # then may come after the next one. Neither gives nor takes anything.
             return [] if replica is None else replica.take_again(now)
         if replica is None or not replica.take(event.token):
             return [e.Nak(event.token)]
-        older = self.by_request.get(event.request.request_id)
         run = Run(
             request=event.request,
             token=event.token,

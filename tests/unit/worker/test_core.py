@@ -333,6 +333,13 @@ def test_a_delivery_that_is_repeated_as_it_was_changes_nothing(world: World) -> 
     assert list(world.core.runs) == ["t1"]
 
 
+def test_a_delivery_that_was_overtaken_by_the_next_one_changes_nothing(world: World) -> None:
+    sequence_id = world.running(token="t2", delivery=2, epoch=2)
+    assert only(world.deliver(token="t1", delivery=1), e.Want).requests == 1
+    assert list(world.core.runs) == ["t2"]
+    assert items(world.step(StepToken(sequence_id, 66)))
+
+
 def test_a_delivery_to_a_replica_that_takes_nothing_is_given_back(world: World) -> None:
     world.ask_stop(drain=True)
     assert world.deliver() == [e.Nak("t1")]
