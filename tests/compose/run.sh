@@ -133,7 +133,7 @@ crash_of_the_worker() { # kill -9 while it streams: the client reads on, and rea
     cmp "$work/whole.text" "$work/broken.text" || return 1
     until_ok 60 restarted "$worker" "$before"
 }
-stop_of_the_worker() { # `stop` while it streams: the stream is finished first, and the service ends in order
+stop_of_the_worker() { # `stop` while it streams: the stream moves or is finished, and the service ends in order
     local worker reader
     worker=$(worker_of_demo)
     [ -n "$worker" ] || { echo "        no replica of demo is ready"; return 1; }
@@ -146,6 +146,20 @@ stop_of_the_worker() { # `stop` while it streams: the stream is finished first, 
     cmp "$work/whole.text" "$work/drained.text" || return 1
     [ "$(engine inspect --format '{{.State.ExitCode}}' "$(container "$worker")")" = 0 ] || return 1
     quiet dc start "$worker"
+}
+drain_of_the_worker() { # `hearth drain` while it streams: the stream moves to the other server, and the worker is empty
+    local worker reader
+    worker=$(worker_of_demo)
+    [ -n "$worker" ] || { echo "        no replica of demo is ready"; return 1; }
+    chat "$LONG" "$work/moved" &
+    reader=$!
+    until_ok 30 frames_in "$work/moved" 10 || { echo "        the stream did not begin"; kill "$reader"; return 1; }
+    dc run --rm --no-deps cli drain "$worker" > "$work/drain.out" 2>&1 || { tail -5 "$work/drain.out"; return 1; }
+    wait "$reader" || { echo "        the stream broke off"; return 1; }
+    text_of "$work/moved" > "$work/moved.text" || { tail -c 600 "$work/moved"; return 1; }
+    cmp "$work/whole.text" "$work/moved.text" || return 1
+    [ "$(worker_of_demo)" != "$worker" ] || { echo "        it still has a replica"; return 1; }
+    quiet dc run --rm --no-deps cli drain --undo "$worker"
 }
 crash_of_the_stores() {
     local name before=()
@@ -214,6 +228,10 @@ check "it answers again" answers
 say "stop of the worker while it streams"
 check "the stream is finished, the worker ends with 0" stop_of_the_worker
 check "the worker comes back" until_ok 60 healthy worker-1 worker-2
+
+say "hearth drain of the worker while it streams"
+check "the stream moves away, the worker is empty" drain_of_the_worker
+check "drain --undo: it takes work again" until_ok 10 cluster_is 2 2
 
 say "the stores"
 check "hearth store ls" store_verb ls
