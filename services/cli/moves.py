@@ -194,7 +194,7 @@ def migrate(options: argparse.Namespace) -> int:
                     print(msgspec.json.encode(ended).decode() if options.json else moved_words(ended), flush=True)
                 except ClientError as error:
                     failed = True
-                    whose = "" if len(request_ids) == 1 else f"{request_id}: "
+                    whose = "" if len(request_ids) == 1 or request_id in str(error) else f"{request_id}: "
                     print(f"hearth: {whose}{error}", file=sys.stderr, flush=True)
 
             go = "goes" if len(request_ids) == 1 else "go"

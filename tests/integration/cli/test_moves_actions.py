@@ -72,6 +72,9 @@ async def test_the_choices_of_a_call_move_together(nats_url: str, redis_url: str
         assert sorted(one.request_ids for one in scheduler.asked) == [("a-0",), ("a-1",)]
         says = [f"hearth: a-{index}: There is no slot." for index in (0, 1)]
         assert sorted(capsys.readouterr().err.splitlines()) == says
+        assert await hearth(it, "migrate", "a", "--to", "w1") == 1
+        says = [f"hearth: Request 'a-{index}' runs at w1 already." for index in (0, 1)]
+        assert sorted(capsys.readouterr().err.splitlines()) == says
 
 
 @pytest.mark.parametrize(
