@@ -9,8 +9,7 @@ from dataclasses import dataclass
 KILL, STOP, CUT, END, DRAIN, MIGRATE = "kill", "stop", "cut", "end", "drain", "migrate"
 
 # How long each kind of fault lasts on each kind of process, in seconds (shortest, longest), and how often it is drawn.
-# A worker, a store or a scheduler may be silent for longer than anybody waits for it. A gateway is the one authority on
-# its requests: one that is silent for longer than `gateway_lost_s` is as good as dead, and "kill" is for that.
+# All may be silent for longer than anybody waits for them.
 FAULTS: Mapping[tuple[str, str], tuple[float, float, int]] = {
     (KILL, "worker"): (0.0, 4.0, 6),
     (STOP, "worker"): (1.0, 10.0, 4),
@@ -25,8 +24,8 @@ FAULTS: Mapping[tuple[str, str], tuple[float, float, int]] = {
     (STOP, "scheduler"): (1.0, 8.0, 1),
     (CUT, "scheduler"): (1.0, 8.0, 1),
     (KILL, "gateway"): (0.0, 4.0, 2),
-    (STOP, "gateway"): (0.5, 3.0, 1),
-    (CUT, "gateway"): (0.5, 3.0, 1),
+    (STOP, "gateway"): (0.5, 8.0, 2),
+    (CUT, "gateway"): (0.5, 8.0, 2),
     (KILL, "nats"): (0.2, 3.0, 2),
     (STOP, "nats"): (0.5, 4.0, 1),
     (KILL, "redis"): (0.2, 3.0, 2),

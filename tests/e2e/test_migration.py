@@ -102,7 +102,7 @@ def test_everything_that_a_request_is_moves_with_it(fleet: Fleet, twins: Twins) 
 def test_migrations_in_both_directions_at_once(
     fleet: Fleet, twins: Twins, background: concurrent.futures.ThreadPoolExecutor
 ) -> None:
-    calls = asks(12, 1000)
+    calls = asks(12, 600)
     twins.learn(calls)
     streams = begin(fleet, calls)
     pair = sorted(owned(fleet, streams).items(), key=lambda found: -len(found[1]))[:2]

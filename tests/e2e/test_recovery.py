@@ -12,7 +12,7 @@ from tests.builders.fleet import NATS, REDIS, Fleet
 from tests.builders.remains import until_nothing_remains
 from tests.builders.streams import Ask, Stream, Twins
 
-pytestmark = [pytest.mark.torch, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(300)]
 
 SAMPLED = {"temperature": 1.0, "top_p": 0.95, "frequency_penalty": 0.3, "presence_penalty": 0.2}
 
@@ -73,7 +73,7 @@ def test_a_killed_worker_loses_nothing(fleet: Fleet, twins: Twins) -> None:
 def test_a_worker_that_is_silent_for_long_is_replaced_and_comes_back_in_peace(
     fleet: Fleet, twins: Twins, how: str
 ) -> None:
-    calls = asks(6, 1500)
+    calls = asks(6, 1000)
     twins.learn(calls)
     streams = begin(fleet, calls)
     victim, mine = busiest(fleet, streams)
@@ -154,7 +154,7 @@ def test_streams_resume_when_everything_but_the_gateways_died(fleet: Fleet, twin
 
 def test_a_request_that_kills_workers_is_stopped_and_its_neighbours_live(fleet: Fleet, twins: Twins) -> None:
     """The killer is here: whichever worker runs that request dies, as a prompt that crashes the engine would do it."""
-    calls = asks(6, 1200)
+    calls = asks(6, 800)
     twins.learn(calls)
     neighbours = begin(fleet, calls)
     poison = Stream(fleet.urls["gateway-2"], Ask.of("long", "A bitter draught", max_tokens=1900, temperature=0))
