@@ -40,7 +40,7 @@ from shared.contracts.migration import (
     RoundDone,
     RoundPending,
 )
-from shared.contracts.requests import Claim, Claimed, Gone, TokensPrompt
+from shared.contracts.requests import Claimed, Gone, TokensPrompt
 from shared.errors import Code, Failure
 
 MOST_DEPARTURES: Final = 256  # at once in one worker; who asks for more asks again
@@ -377,16 +377,7 @@ class Outgoing:
 
     def _claim(self, departure: Departure) -> e.Reclaim:
         run = departure.run
-        message = Claim(
-            request_id=run.request_id,
-            worker_id=self._limits.worker_id,
-            replica_id=run.replica.id,
-            delivery=run.delivery,
-            token=run.token,
-            sequence=run.sequence,
-            after_epoch=run.epoch,
-            claim_id=f"{departure.migration_id}.back",
-        )
+        message = run.claim(self._limits.worker_id, after_epoch=run.epoch, claim_id=f"{departure.migration_id}.back")
         return e.Reclaim(departure.migration_id, run.request.gateway_id, message)
 
     def _told(self, departure: Departure, now: float) -> MigrationEnded:

@@ -10,7 +10,7 @@ from services.worker.generation import Generation
 from services.worker.ports import SequenceEnd
 from services.worker.replica import Replica
 from shared.contracts.generation import Ledger
-from shared.contracts.requests import Cancel, Claimed, Request
+from shared.contracts.requests import Cancel, Claim, Claimed, Request
 
 if TYPE_CHECKING:
     from services.worker.incoming import Landing
@@ -97,6 +97,19 @@ class Run:
         if self.generation is not None:
             return self.generation.emitted
         return len(self.claimed.token_ids) if self.claimed else 0
+
+    def claim(self, worker_id: str, *, after_epoch: int, claim_id: str) -> Claim:
+        """What its gateway is asked, to own it."""
+        return Claim(
+            request_id=self.request_id,
+            worker_id=worker_id,
+            replica_id=self.replica.id,
+            delivery=self.delivery,
+            token=self.token,
+            sequence=self.sequence,
+            after_epoch=after_epoch,
+            claim_id=claim_id,
+        )
 
     def own(self, claimed: Claimed, now: float) -> None:
         """Its gateway has given it to this worker, or left it here at a new epoch."""

@@ -21,7 +21,7 @@ from services.worker.replica import Replica
 from services.worker.run import Limits, Run, RunState
 from shared.contracts.generation import End, FinishReason, Frame, FrameBatch, GivenBack, Ledger
 from shared.contracts.migration import RequestList, RunningRequest
-from shared.contracts.requests import Cancel, Check, Claim, Claimed, Gone, Owned, Running, Unwanted
+from shared.contracts.requests import Cancel, Check, Claimed, Gone, Owned, Running, Unwanted
 from shared.errors import Code, Failure
 
 CLAIM_RETRIES_S: Final = (0.2, 0.5, 1.0)
@@ -129,13 +129,8 @@ class Runs:
 
     def _claim(self, run: Run, now: float) -> e.ClaimRequest:
         run.asked_at = now
-        message = Claim(
-            request_id=run.request_id,
-            worker_id=self.limits.worker_id,
-            replica_id=run.replica.id,
-            delivery=run.delivery,
-            token=run.token,
-            sequence=run.sequence,
+        message = run.claim(
+            self.limits.worker_id,
             after_epoch=run.landing.epoch if run.landing else -1,
             claim_id=run.landing.migration_id if run.landing else "",
         )
