@@ -103,6 +103,7 @@ FROZEN_S: Final = Histogram(
 )
 ROUNDS: Final = Histogram("hearth_worker_migration_rounds", "rounds of a committed migration", buckets=range(1, 10))
 MIGRATION_BYTES: Final = Counter("hearth_worker_migration_bytes_total", "bytes that migrations put on the bus")
+KV_USED_BYTES: Final = Gauge("hearth_worker_kv_used_bytes", "KV cache that running sequences hold")
 IN_FLIGHT: Final = Gauge("hearth_worker_migrations_in_flight", "migrations by the side of this worker", ["side"])
 LOADS_FAILED: Final = Counter("hearth_worker_loads_failed_total", "replicas that failed", ["code"])
 
@@ -572,6 +573,7 @@ class WorkerShell:
         core, settings = self.core, self._context.settings
         REQUESTS_RUNNING.set(len(core.runs))
         SLOTS.set(core.slots)
+        KV_USED_BYTES.set(sum(one.loaded.engine.kv_used_bytes for one in core.replicas.values() if one.loaded))
         IN_FLIGHT.labels("source").set(len(core.outgoing))
         IN_FLIGHT.labels("destination").set(len(core.incoming))
         for state in ReplicaState:
