@@ -453,11 +453,17 @@ class Bus:
             await self._js.purge_stream(self.stream, subject=subject, seq=floor + 1)
 
     async def _floor(self, slug: str) -> int:
-        """The sequence up to which everything in the queue of a deployment was acknowledged."""
+        """The sequence up to which nothing in the queue of a deployment will be handed out any more.
+
+        A server that was killed may also have forgotten that it waits for an acknowledgement: what was handed out when
+        it waits for none is done, or lost. (What was given back, or not acknowledged in time, counts as waited for.)
+        """
         try:
             info = await self._js.consumer_info(self.stream, slug)
         except nats.js.errors.NotFoundError:  # no consumer: nothing was
             return 0
+        if info.num_ack_pending == 0 and info.delivered is not None:
+            return info.delivered.stream_seq
         return info.ack_floor.stream_seq if info.ack_floor is not None else 0
 
     async def pull(self, slug: str, handler: Callable[[Delivery], None]) -> Puller:
