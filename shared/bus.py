@@ -463,8 +463,8 @@ class Bus:
         except nats.js.errors.NotFoundError:  # no consumer: nothing was
             return 0
         if info.num_ack_pending == 0 and info.delivered is not None:
-            return info.delivered.stream_seq
-        return info.ack_floor.stream_seq if info.ack_floor is not None else 0
+            return int(info.delivered.stream_seq)
+        return int(info.ack_floor.stream_seq) if info.ack_floor is not None else 0
 
     async def pull(self, slug: str, handler: Callable[[Delivery], None]) -> Puller:
         """Pull from the queue of a deployment; nothing comes before `want`."""
