@@ -159,9 +159,7 @@ def _requests(parser: argparse.ArgumentParser) -> None:
 
 
 def _migrate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "request", help="its id or the beginning of it (hearth requests); of a call with n: all"
-    )
+    parser.add_argument("request", help="its id or the beginning of it (hearth requests); of a call with n: all")
     parser.add_argument("--to", metavar="WORKER", help="where to (the scheduler chooses)")
     parser.add_argument("--json", action="store_true", help="print how it ended as JSON")
     _client(parser)
