@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -40,7 +39,7 @@ def test_a_percentile_is_one_of_the_values() -> None:
 
 
 def test_streams_survive_everything(tmp_path: Path) -> None:
-    seed = int.from_bytes(os.urandom(2), "big")
+    seed = 3  # the long runs by hand are for other seeds
     report, tails = run(tmp_path, seed=seed, seconds=40, every_s=2.5, clients=8, tokens=(100, 500))
     print(report.as_table())
     assert not report.failures, f"{report.as_table()}\n{tails}\nagain: python -m tests.chaos --seconds 40 --seed {seed}"

@@ -55,6 +55,7 @@ def test_a_worker_with_sixteen_streams_is_drained(fleet: Fleet, models: Models) 
     fleet.until(lambda: all(one["deployment"] != "only" for one in fleet.view()["replicas"]), "its replicas are gone")
 
 
+@pytest.mark.by_hand
 def test_a_server_is_drained(fleet: Fleet, twins: Twins) -> None:
     calls = asks(12, 1200)
     twins.learn(calls)
@@ -77,6 +78,7 @@ def restart_in_order(fleet: Fleet, name: str) -> None:
     fleet.until(fleet.spread, f"the replicas are back after {name} was restarted", 60)
 
 
+@pytest.mark.by_hand
 def test_everything_is_restarted_under_load(fleet: Fleet, twins: Twins) -> None:
     calls = make_calls("long", random.Random(4), 16, (300, 900))
     twins.learn(calls)

@@ -69,7 +69,7 @@ def test_a_killed_worker_loses_nothing(fleet: Fleet, twins: Twins) -> None:
     until_nothing_remains(fleet)
 
 
-@pytest.mark.parametrize("how", ["stopped", "cut off"])
+@pytest.mark.parametrize("how", ["stopped", pytest.param("cut off", marks=pytest.mark.by_hand)])
 def test_a_worker_that_is_silent_for_long_is_replaced_and_comes_back_in_peace(
     fleet: Fleet, twins: Twins, how: str
 ) -> None:
@@ -113,6 +113,7 @@ def test_a_killed_gateway_costs_no_compute(fleet: Fleet, twins: Twins) -> None:
     until_nothing_remains(fleet)
 
 
+@pytest.mark.by_hand
 def test_streams_do_not_notice_the_death_of_schedulers_and_stores(fleet: Fleet, twins: Twins) -> None:
     calls = asks(6, 1000)
     twins.learn(calls)
@@ -125,7 +126,7 @@ def test_streams_do_not_notice_the_death_of_schedulers_and_stores(fleet: Fleet, 
     assert [stream.heard.hearth["recoveries"] for stream in streams] == [0] * len(streams)
 
 
-@pytest.mark.parametrize("server", [NATS, REDIS])
+@pytest.mark.parametrize("server", [NATS, pytest.param(REDIS, marks=pytest.mark.by_hand)])
 def test_streams_resume_when_a_server_is_restarted(fleet: Fleet, twins: Twins, server: str) -> None:
     calls = asks(6, 1000)
     twins.learn(calls)
@@ -139,6 +140,7 @@ def test_streams_resume_when_a_server_is_restarted(fleet: Fleet, twins: Twins, s
     until_nothing_remains(fleet)
 
 
+@pytest.mark.by_hand
 def test_streams_resume_when_everything_but_the_gateways_died(fleet: Fleet, twins: Twins) -> None:
     calls = asks(4, 1000)
     twins.learn(calls)
