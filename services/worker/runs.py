@@ -307,7 +307,7 @@ class Runs:
                         return []  # its requests go back to the queue together
                     if ended.failure is None:
                         return self.give_back(run, now)
-                    items.append(generation.failed(ended.failure, ledger=self._ledger(run)))
+                    items.append(generation.failed(ended.failure, ledger=self.ledger(run)))
                     return [e.Ack(run.token), *self.over(run, ended.failure.code.value, now)]
         if reason is None:
             return self.departures.token_sent(run, now) if frame is not None and run.departure is not None else []
@@ -375,7 +375,7 @@ class Runs:
     def _fail(self, run: Run, failure: Failure, now: float) -> list[e.Action]:
         """End it by a failure that its client hears."""
         if run.generation is not None:
-            end = run.generation.failed(failure, ledger=self._ledger(run))
+            end = run.generation.failed(failure, ledger=self.ledger(run))
         else:
             so_far = len(run.claimed.token_ids) if run.claimed else 0
             end = End(request_id=run.request_id, epoch=run.epoch, index=so_far, failure=failure, ledger=run.ledger)
@@ -383,10 +383,10 @@ class Runs:
 
     def _end_of(self, run: Run, reason: FinishReason, cached_tokens: int) -> End:
         assert run.generation is not None
-        return run.generation.end(reason, ledger=self._ledger(run), cached_tokens=cached_tokens)
+        return run.generation.end(reason, ledger=self.ledger(run), cached_tokens=cached_tokens)
 
-    def _ledger(self, run: Run) -> Ledger:
-        """With the seconds of this worker, after those of the workers before it."""
+    def ledger(self, run: Run) -> Ledger:
+        """What the end of a request would carry if it came now: this worker's seconds, and those of the ones before."""
         if run.first_token_at is None:
             return run.ledger
         before = run.ledger
@@ -395,10 +395,6 @@ class Runs:
             prefill_s=before.prefill_s + run.first_token_at - run.claimed_at,
             decode_s=before.decode_s + run.last_token_at - run.first_token_at,
         )
-
-    def ledger(self, run: Run) -> Ledger:
-        """What the end of a request would carry if it came now."""
-        return self._ledger(run)
 
     def _publish(self, run: Run, items: list[Frame | End]) -> e.PublishFrames:
         batch = FrameBatch(worker_id=self.limits.worker_id, items=tuple(items))
@@ -420,7 +416,7 @@ class Runs:
         del self.by_request[run.request_id]
         self._retries.pop(run.token, None)
         run.replica.finished_requests += outcome not in ("given_back", "superseded", "deferred", "migrated")
-        ledger, generation = self._ledger(run), run.generation
+        ledger, generation = self.ledger(run), run.generation
         actions.append(
             e.RequestFinished(
                 request_id=run.request_id,
