@@ -14,7 +14,7 @@ from tests.builders.remains import until_nothing_remains
 from tests.builders.streams import Twins
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster(tmp_path_factory: pytest.TempPathFactory, nats_url: str, redis_url: str) -> Iterator[Cluster]:
     """A running cluster."""
     with Cluster(
@@ -30,7 +30,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, nats_url: str, redis_url: 
 Models = Callable[..., Path]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """Makes tiny models, each once: `models("llama")`, `models("opt", seed=2)`, …"""
     home = tmp_path_factory.mktemp("models")
@@ -45,7 +45,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return model
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def hurt(tmp_path_factory: pytest.TempPathFactory, models: Models) -> Iterator[Fleet]:
     """Two servers with two workers each and two gateways; "long" has a replica on every worker."""
     env = {"HEARTH_MAX_DELIVERIES": "3"}
@@ -64,7 +64,7 @@ def fleet(hurt: Fleet) -> Iterator[Fleet]:
     until_nothing_remains(hurt)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def twins(hurt: Fleet) -> Twins:
     """What each call to `hurt` says when nobody disturbs it."""
     return Twins(hurt.url)

@@ -152,6 +152,8 @@ async def test_ctrl_c_leaves_the_work_running_and_says_so(
             env={name: value for name, value in os.environ.items() if not name.startswith("HEARTH_")},
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
+            # Whoever runs the tests in the background may have it ignored, which is inherited.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         assert process.stderr is not None
         assert shows in await process.stderr.readline()
