@@ -144,8 +144,10 @@ def test_a_dead_destination_leaves_the_request_where_it_was(
     check([stream], twins)
     assert (stream.heard.hearth["migrations"], stream.heard.hearth["recoveries"]) == (0, 0)
     status, body = answer.result()
-    assert status >= 400, body
-    assert body["error"]["message"]
+    if status == 200:  # the stream was over before its source had given the destination up
+        assert body["migrated"]["outcome"] in ("ended", "aborted"), body
+    else:
+        assert body["error"]["message"]
 
 
 def test_a_dead_source_costs_a_recovery_and_nothing_else(
