@@ -171,7 +171,9 @@ async def stage(
     home: Path, source: Path, shape: str, *, slots: int, replicas: int = 2, dram_bytes: int = 512 * MIB
 ) -> AsyncIterator[Stage]:
     """A cluster of one server with two workers, one thread each, and the model ready on `replicas` of them."""
-    with cluster(home, workers=len(WORKERS), dram_bytes=dram_bytes) as running:
+    # Where a replica was lost, its successor must not be placed beside the other one.
+    env = {"HEARTH_WORKER_MAX_REPLICAS": "1"}
+    with cluster(home, workers=len(WORKERS), dram_bytes=dram_bytes, env=env) as running:
         await asyncio.to_thread(
             running.deploy,
             MODEL,
