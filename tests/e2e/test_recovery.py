@@ -154,6 +154,7 @@ def test_streams_resume_when_everything_but_the_gateways_died(fleet: Fleet, twin
     until_nothing_remains(fleet)
 
 
+@pytest.mark.by_hand
 def test_a_request_that_kills_workers_is_stopped_and_its_neighbours_live(fleet: Fleet, twins: Twins) -> None:
     """The killer is here: whichever worker runs that request dies, as a prompt that crashes the engine would do it."""
     calls = asks(6, 800)
