@@ -48,13 +48,6 @@ async def operator(bus: Bus, registry: Registry) -> AsyncIterator[Operator]:
     yield made
 
 
-@pytest_asyncio.fixture
-async def gateway(bus: Bus) -> AsyncIterator[Gateway]:
-    made = Gateway(bus)
-    await made.open()
-    yield made
-
-
 async def test_a_queued_request_is_answered_by_the_replica_that_is_loaded_for_it(
     settings: WorkerSettings, operator: Operator, gateway: Gateway
 ) -> None:

@@ -63,13 +63,6 @@ async def operator(bus: Bus, registry: Registry) -> AsyncIterator[Operator]:
     yield made
 
 
-@pytest_asyncio.fixture
-async def gateway(bus: Bus) -> AsyncIterator[Gateway]:
-    made = Gateway(bus)
-    await made.open()
-    yield made
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = make_model(tmp_path_factory.mktemp("model"), "llama", eos=False)

@@ -42,13 +42,6 @@ async def operator(bus: Bus, registry: Registry) -> AsyncIterator[Operator]:
     yield made
 
 
-@pytest_asyncio.fixture
-async def gateway(bus: Bus) -> AsyncIterator[Gateway]:
-    made = Gateway(bus)
-    await made.open()
-    yield made
-
-
 class Migrations:
     """Commands migrations, and hears how they end."""
 
