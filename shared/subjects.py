@@ -29,7 +29,19 @@ from shared.contracts.migration import (
     RoundDone,
     RoundPending,
 )
-from shared.contracts.placement import Delete, Deploy, Deployed, Deploying, LoadReplica, ReplicaFailed, StopReplica
+from shared.contracts.placement import (
+    Delete,
+    Deploy,
+    Deployed,
+    Deploying,
+    Explain,
+    Explanation,
+    Leading,
+    LoadReplica,
+    ReplicaFailed,
+    ReplicaLoaded,
+    StopReplica,
+)
 from shared.contracts.requests import (
     Cancel,
     Check,
@@ -162,6 +174,9 @@ DELETE: Final[Endpoint[Delete, Done]] = Endpoint("v1.scheduler.delete", Delete, 
 LOAD: Final[Endpoint[LoadReplica, Done]] = Endpoint("v1.worker.{worker_id}.load", LoadReplica, (Done,), 2.0)
 STOP: Final[Endpoint[StopReplica, Done]] = Endpoint("v1.worker.{worker_id}.stop", StopReplica, (Done,), 2.0)
 REPLICA_FAILED: Final = Topic("v1.scheduler.replica_failed", ReplicaFailed)
+REPLICA_LOADED: Final = Topic("v1.scheduler.replica_loaded", ReplicaLoaded)
+LEADING: Final = Topic("v1.scheduler.leading", Leading)
+EXPLAIN: Final[Endpoint[Explain, Explanation]] = Endpoint("v1.scheduler.explain", Explain, (Explanation,), 2.0)
 
 # -- residency
 INSPECT: Final[Endpoint[Inspect, Inspected]] = Endpoint("v1.store.{server_id}.inspect", Inspect, (Inspected,), 30.0)
@@ -196,6 +211,7 @@ EVENTS: Final = Topic("v1.events.{service}", ClusterEvent)
 
 CONVERSATIONS: Final[tuple[Topic[Any] | Endpoint[Any, Any] | WorkQueue[Any], ...]] = (
     REQUESTS, DEMAND, CLAIM, FRAMES, CANCEL, TRIAL, CHECK, HOLDS, MOVE, MIGRATE, ROUND, HAND_OVER, ABANDON,
-    MIGRATION_ENDED, RELIEF, DRAIN, LIST_REQUESTS, DEPLOY, DELETE, LOAD, STOP, REPLICA_FAILED, INSPECT, IMPORT, ACQUIRE,
+    MIGRATION_ENDED, RELIEF, DRAIN, LIST_REQUESTS, DEPLOY, DELETE, LOAD, STOP, REPLICA_FAILED, REPLICA_LOADED,
+    LEADING, EXPLAIN, INSPECT, IMPORT, ACQUIRE,
     RENEW, RELEASE, EVICT, CONSUMED, PREFETCH, PIN, VERIFY, EXPORT, LIST, LOAD_PROGRESS, RECORD_CHANGED, EVENTS,
 )  # fmt: skip

@@ -88,6 +88,7 @@ class Migrate(msgspec.Struct, frozen=True, kw_only=True, tag="migrate", omit_def
     replica_id: str = ""
     most: int = 0
     reason: MigrationReason = MigrationReason.OPERATOR
+    term: int = 0
 
 
 class Migrating(msgspec.Struct, frozen=True, kw_only=True, tag="migrating", omit_defaults=True):

@@ -1,4 +1,8 @@
-"""Placement: operator → scheduler (deploy, delete) and scheduler → worker (load, stop, probe)."""
+"""Placement: operator → scheduler (deploy, delete, explain) and scheduler → worker (load, stop).
+
+Commands carry the `term` of the leader that gives them: whoever has heard of a later one refuses them (`stale_epoch`).
+Term 0 is an operator's, or a test's, and is always obeyed.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +46,8 @@ class LoadReplica(msgspec.Struct, frozen=True, kw_only=True, tag="load_replica",
 
     Idempotent by `replica_id`. `kv_bytes` is the size of its KV cache; `slots` the requests it runs at once;
     `engine` is "" (choose) or what the probe found ("batching", "sequential"). `decision_s` is the time from seeing the
-    demand to this command, for the ledger.
+    demand to this command, for the ledger. A replica over several devices is loaded by one worker together with
+    `peer_worker_ids`.
     """
 
     replica_id: str
@@ -57,6 +62,8 @@ class LoadReplica(msgspec.Struct, frozen=True, kw_only=True, tag="load_replica",
     decision_s: float = 0.0
     checkpoint: Checkpoint | None = None
     engine: str = ""
+    term: int = 0
+    peer_worker_ids: tuple[str, ...] = ()
 
 
 class StopReplica(msgspec.Struct, frozen=True, kw_only=True, tag="stop_replica", omit_defaults=True):
@@ -70,6 +77,7 @@ class StopReplica(msgspec.Struct, frozen=True, kw_only=True, tag="stop_replica",
     reason: str
     drain: bool = False
     abort: bool = False
+    term: int = 0
 
 
 class ReplicaFailed(msgspec.Struct, frozen=True, kw_only=True, tag="replica_failed", omit_defaults=True):
@@ -81,7 +89,101 @@ class ReplicaFailed(msgspec.Struct, frozen=True, kw_only=True, tag="replica_fail
     failure: Failure
 
 
+class ReplicaLoaded(msgspec.Struct, frozen=True, kw_only=True, tag="replica_loaded", omit_defaults=True):
+    """Worker → scheduler, a hint: this replica is ready, and what that took. Seconds are measured by worker and store.
+
+    `tier` is where the load found the checkpoint ("dram", "ssd", "peer", "remote"). `wait_s` is the time in the store's
+    queue before the first of its bytes moved, `move_s` that until the last had arrived (0 from DRAM), of `moved_bytes`;
+    `attach_s` what the worker did besides (skeleton, copies to the device, engine), without waiting for bytes;
+    `total_s` from the command to ready.
+    """
+
+    replica_id: str
+    deployment: str
+    worker_id: str
+    server_id: str
+    checkpoint_id: str
+    tier: str
+    weight_bytes: int
+    total_s: float
+    wait_s: float = 0.0
+    move_s: float = 0.0
+    moved_bytes: int = 0
+    attach_s: float = 0.0
+
+
+class Leading(msgspec.Struct, frozen=True, kw_only=True, tag="leading"):
+    """Scheduler → everybody, a hint: I lead as of this term; commands of earlier terms are void."""
+
+    scheduler_id: str
+    term: int
+
+
+class Explain(msgspec.Struct, frozen=True, kw_only=True, tag="explain", omit_defaults=True):
+    """Why was it decided so? The last `limit` (≤ 64) decisions about a deployment, or about one of its replicas."""
+
+    deployment: str = ""
+    replica_id: str = ""
+    limit: int = 8
+
+
+class Parts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A startup in parts, seconds: the load queue, the bytes on their way, attaching, and making room."""
+
+    wait_s: float = 0.0
+    move_s: float = 0.0
+    attach_s: float = 0.0
+    room_s: float = 0.0
+
+
+class CandidateView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A place as a decision saw it: its estimate, or why it was refused. `room` says in words how room would be made."""
+
+    worker_ids: tuple[str, ...]
+    server_id: str
+    tier: str = ""
+    estimate: Parts | None = None
+    refused: str = ""
+    room: str = ""
+
+
+class DecisionView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One decision. `ago_s` is its age in seconds; `outcome` is "place", "evict", "move", "wait" or "impossible".
+
+    `candidates` has the chosen one first and then the best; `more` were not looked at or are not shown. `actual` is what
+    it really took (None: it is not ready yet, or never was), `failure` how it went wrong.
+    """
+
+    decision_id: str
+    ago_s: float
+    deployment: str
+    outcome: str
+    reason: str
+    candidates: tuple[CandidateView, ...] = ()
+    more: int = 0
+    replica_id: str = ""
+    actual: Parts | None = None
+    actual_s: float | None = None
+    decide_ms: float = 0.0
+    failure: Failure | None = None
+
+
+class Explanation(msgspec.Struct, frozen=True, kw_only=True, tag="explanation", omit_defaults=True):
+    """The decisions that were asked for, latest first. `waiting` says why nothing is placed now ("": nothing waits).
+
+    `median_error` and `p95_error` are those of the estimator over its last loads, relative to what they took (None: no
+    load yet).
+    """
+
+    scheduler_id: str
+    term: int
+    decisions: tuple[DecisionView, ...] = ()
+    waiting: str = ""
+    median_error: float | None = None
+    p95_error: float | None = None
+
+
 __all__ = [
-    "Checkpoint", "Delete", "Deploy", "Deployed", "Deploying", "Done", "Failure", "LoadReplica", "ReplicaFailed",
-    "StopReplica",
+    "CandidateView", "Checkpoint", "DecisionView", "Delete", "Deploy", "Deployed", "Deploying", "Done", "Explain",
+    "Explanation", "Failure", "Leading", "LoadReplica", "Parts", "ReplicaFailed", "ReplicaLoaded", "StopReplica",
 ]  # fmt: skip

@@ -40,8 +40,12 @@ class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """What an operator asks for. `name` is what clients call the model.
 
     `target_concurrency` is the number of requests that one replica answers at once; `keep_alive_s` how long an idle
-    replica stays; `max_context_tokens` caps prompt + completion (None: the model's own limit); `queue_limit` bounds
-    the requests outstanding (waiting or running); `lazy` leaves the import to the first request.
+    replica stays, at most that long with `adaptive_keep_alive`, which learns it from the times between requests;
+    `max_context_tokens` caps prompt + completion (None: the model's own limit); `queue_limit` bounds the requests
+    outstanding (waiting or running); `lazy` leaves the import to the first request.
+
+    Where resources are short, deployments of higher `priority` are served first. A replica takes `devices` devices of
+    one server, and only of servers and workers that carry all of `labels`.
     """
 
     name: str
@@ -53,6 +57,10 @@ class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     max_context_tokens: int | None = None
     queue_limit: int = 1024
     lazy: bool = False
+    adaptive_keep_alive: bool = False
+    priority: int = 0
+    devices: int = 1
+    labels: dict[str, str] = {}
 
 
 class DeploymentRecord(msgspec.Struct, frozen=True, kw_only=True, tag="deployment_record", omit_defaults=True):
@@ -85,7 +93,7 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True, tag="server_record
 
     `dram_arriving` and `ssd_arriving` map a checkpoint on its way to the bytes of it that have arrived. `pinned` maps
     to the tier, `quarantined` to the reason. `segment` is the pool's path, for workers to map ahead of need; `peer_url`
-    where other stores fetch chunks ("": nowhere).
+    where other stores fetch chunks ("": nowhere). `labels` are the operator's, for deployments to choose by.
     """
 
     server_id: str
@@ -113,13 +121,15 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True, tag="server_record
     quarantined: dict[str, str] = {}
     segment: str = ""
     peer_url: str = ""
+    labels: dict[str, str] = {}
 
 
 class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True, tag="worker_record", omit_defaults=True):
     """A worker and its device.
 
     Memory is what replicas can use: on CUDA parameters + KV cache, on the CPU the KV cache. `migrations` are those that
-    leave this worker now (the first 64); `incoming` counts those that arrive.
+    leave this worker now (the first 64); `incoming` counts those that arrive. `labels` are the operator's. With `gangs`
+    its engine can run a replica together with other workers of its server.
     """
 
     worker_id: str
@@ -134,12 +144,20 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True, tag="worker_record
     epoch: int = 0
     migrations: tuple[MigrationInFlight, ...] = ()
     incoming: int = 0
+    labels: dict[str, str] = {}
+    gangs: bool = False
 
 
 class ReplicaRecord(msgspec.Struct, frozen=True, kw_only=True, tag="replica_record", omit_defaults=True):
     """A replica, written by its worker. `idle_s` is the time since its last request ended (0 while one runs).
 
-    `slots` is how many requests it runs at once; `load` how far it is while `loading`.
+    `slots` is how many requests it runs at once; `load` how far it is while `loading`. It runs on `worker_id` and, if it
+    takes several devices, on `peer_worker_ids`.
+
+    What moving or awaiting its requests would cost: `context_tokens` and `output_tokens` are those of all requests that
+    run now (prompt and output; output alone), `longest_tokens` the output of the one that has most to go by its own
+    `max_tokens` (0: none says), `step_s` a decode step and `prefill_token_s` the prefill of one token as measured (None:
+    not yet).
     """
 
     replica_id: str
@@ -158,6 +176,12 @@ class ReplicaRecord(msgspec.Struct, frozen=True, kw_only=True, tag="replica_reco
     engine: str = ""
     load: Progress | None = None
     epoch: int = 0
+    peer_worker_ids: tuple[str, ...] = ()
+    context_tokens: int = 0
+    output_tokens: int = 0
+    longest_tokens: int = 0
+    step_s: float | None = None
+    prefill_token_s: float | None = None
 
 
 class GatewayRecord(msgspec.Struct, frozen=True, kw_only=True, tag="gateway_record", omit_defaults=True):
@@ -172,12 +196,13 @@ class GatewayRecord(msgspec.Struct, frozen=True, kw_only=True, tag="gateway_reco
 
 
 class SchedulerRecord(msgspec.Struct, frozen=True, kw_only=True, tag="scheduler_record", omit_defaults=True):
-    """A scheduler."""
+    """A scheduler. The one that leads has a `term` > 0, which its commands carry; the others stand by."""
 
     scheduler_id: str
     phase: Phase
     pid: int
     epoch: int = 0
+    term: int = 0
 
 
 Record = DeploymentRecord | ServerRecord | WorkerRecord | ReplicaRecord | GatewayRecord | SchedulerRecord

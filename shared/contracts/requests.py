@@ -178,10 +178,16 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True, tag="trial", omit_default
     guilty: bool = False
 
 
-class Demand(msgspec.Struct, frozen=True, kw_only=True, tag="demand"):
-    """Gateway → scheduler, a hint: a request of this deployment was queued just now."""
+class Demand(msgspec.Struct, frozen=True, kw_only=True, tag="demand", omit_defaults=True):
+    """Gateway → scheduler, a hint: a request of this deployment was queued just now, or still waits.
+
+    `waiting` of its requests at this gateway run nowhere yet, the oldest for `oldest_s` seconds (0: not said).
+    """
 
     deployment: str
+    gateway_id: str = ""
+    waiting: int = 0
+    oldest_s: float = 0.0
 
 
 __all__ = [

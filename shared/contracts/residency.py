@@ -191,11 +191,12 @@ class Release(msgspec.Struct, frozen=True, kw_only=True, tag="release"):
     lease_id: str
 
 
-class Evict(msgspec.Struct, frozen=True, kw_only=True, tag="evict"):
+class Evict(msgspec.Struct, frozen=True, kw_only=True, tag="evict", omit_defaults=True):
     """Take a checkpoint out of `tier` ("dram", or "ssd" which implies DRAM). Refused as `busy` while it is leased."""
 
     checkpoint_id: str
     tier: str
+    term: int = 0
 
 
 class Prefetch(msgspec.Struct, frozen=True, kw_only=True, tag="prefetch", omit_defaults=True):
@@ -208,6 +209,7 @@ class Prefetch(msgspec.Struct, frozen=True, kw_only=True, tag="prefetch", omit_d
     source: Source | None = None
     tier: str = "dram"
     wait_s: float = 1.0
+    term: int = 0
 
 
 class Pin(msgspec.Struct, frozen=True, kw_only=True, tag="pin", omit_defaults=True):

@@ -22,7 +22,14 @@ from tests.contracts.examples import EXAMPLES
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
 BY_NAME = {type(example).__name__: example for example in EXAMPLES}
-INLINE = {"Kind", "DeploymentSpec", "ClusterView"}  # parts of others, or never on the bus by themselves
+INLINE = {
+    "Kind",
+    "DeploymentSpec",
+    "ClusterView",
+    "Parts",
+    "CandidateView",
+    "DecisionView",
+}  # parts of others, or never on the bus by themselves
 
 
 def wire_types() -> list[type[msgspec.Struct]]:
