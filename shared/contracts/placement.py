@@ -137,7 +137,7 @@ class Parts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class CandidateView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A place as a decision saw it: its estimate, or why it was refused. `room` says in words how room would be made."""
+    """A place as a decision saw it: its estimate, or why it was refused. `room` says how room would be made."""
 
     worker_ids: tuple[str, ...]
     server_id: str
@@ -150,8 +150,8 @@ class CandidateView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 class DecisionView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One decision. `ago_s` is its age in seconds; `outcome` is "place", "evict", "move", "wait" or "impossible".
 
-    `candidates` has the chosen one first and then the best; `more` were not looked at or are not shown. `actual` is what
-    it really took (None: it is not ready yet, or never was), `failure` how it went wrong.
+    `candidates` has the chosen one first and then the best; `more` were not looked at or are not shown. `actual` is
+    what it really took (None: it is not ready yet, or never was), `failure` how it went wrong.
     """
 
     decision_id: str

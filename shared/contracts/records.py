@@ -151,13 +151,12 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True, tag="worker_record
 class ReplicaRecord(msgspec.Struct, frozen=True, kw_only=True, tag="replica_record", omit_defaults=True):
     """A replica, written by its worker. `idle_s` is the time since its last request ended (0 while one runs).
 
-    `slots` is how many requests it runs at once; `load` how far it is while `loading`. It runs on `worker_id` and, if it
-    takes several devices, on `peer_worker_ids`.
+    `slots` is how many requests it runs at once; `load` how far it is while `loading`. It runs on `worker_id` and, if
+    it takes several devices, on `peer_worker_ids`.
 
-    What moving or awaiting its requests would cost: `context_tokens` and `output_tokens` are those of all requests that
-    run now (prompt and output; output alone), `longest_tokens` the output of the one that has most to go by its own
-    `max_tokens` (0: none says), `step_s` a decode step and `prefill_token_s` the prefill of one token as measured (None:
-    not yet).
+    What moving or awaiting its requests would cost: `context_tokens` and `output_tokens` are those of all requests
+    that run now (prompt and output; output alone), `left_tokens` the most that any of them may still generate by its
+    own limit, `step_s` a decode step and `prefill_token_s` the prefill of one token as measured (None: not yet).
     """
 
     replica_id: str
@@ -179,7 +178,7 @@ class ReplicaRecord(msgspec.Struct, frozen=True, kw_only=True, tag="replica_reco
     peer_worker_ids: tuple[str, ...] = ()
     context_tokens: int = 0
     output_tokens: int = 0
-    longest_tokens: int = 0
+    left_tokens: int = 0
     step_s: float | None = None
     prefill_token_s: float | None = None
 

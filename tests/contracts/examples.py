@@ -432,7 +432,7 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
         peer_worker_ids=("w2",),
         context_tokens=100,
         output_tokens=40,
-        longest_tokens=64,
+        left_tokens=64,
         step_s=0.02,
         prefill_token_s=0.001,
     ),

@@ -22,14 +22,8 @@ from tests.contracts.examples import EXAMPLES
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
 BY_NAME = {type(example).__name__: example for example in EXAMPLES}
-INLINE = {
-    "Kind",
-    "DeploymentSpec",
-    "ClusterView",
-    "Parts",
-    "CandidateView",
-    "DecisionView",
-}  # parts of others, or never on the bus by themselves
+# Parts of others, or never on the bus by themselves.
+INLINE = {"Kind", "DeploymentSpec", "ClusterView", "Parts", "CandidateView", "DecisionView"}
 
 
 def wire_types() -> list[type[msgspec.Struct]]:
