@@ -46,6 +46,7 @@ QUEUE_MAX_AGE_S: Final = 24 * 3600.0
 # How long after a connection was made, and how often, queues are swept: see `Bus.queue_depths`.
 SWEEP_FOR_S: Final = 1200.0
 SWEEP_S: Final = 5.0
+SWEEP_MESSAGES: Final = 1000
 # One dead consumer must not hold a large share of a queue back; NATS's default (1000) would cap running requests.
 MAX_ACK_PENDING: Final = 65_536
 
@@ -447,10 +448,25 @@ class Bus:
         return depths
 
     async def _sweep(self, slug: str) -> None:
+        """Delete, one by one, what a queue's consumer has left behind it.
+
+        Not by a purge: nats-server 2.9 then forgets of every message of that queue, purged or not, that it waits for
+        an acknowledgement or had it given back, and hands none of them out again.
+        """
         floor = await self._floor(slug)
-        if floor:
-            subject = self._subject(REQUESTS.subject(slug=slug))
-            await self._js.purge_stream(self.stream, subject=subject, seq=floor + 1)
+        if not floor:
+            return
+        subject = self._subject(REQUESTS.subject(slug=slug))
+        sequence = 1
+        for _ in range(SWEEP_MESSAGES):
+            try:
+                found = (await self._js.get_msg(self.stream, sequence, subject, next=True)).seq or 0
+            except nats.js.errors.NotFoundError:
+                return
+            if found > floor:
+                return
+            await self.unqueue(found)
+            sequence = found + 1
 
     async def _floor(self, slug: str) -> int:
         """The sequence up to which nothing in the queue of a deployment will be handed out any more.

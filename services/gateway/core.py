@@ -12,8 +12,8 @@ What gets lost is found out and repeated here:
 * an owner that is silent is asked (`watch`); one that is dead, hangs or is cut off loses its requests at once: their
   messages go back to the queue, and the next claim resumes them. So do those that an owner gives back itself;
 * a gap in the frames → the owner is told to give the request back (`Cancel(requeue=True)`);
-* an interrupted request whose message is not in the queue any more (a late owner has acknowledged it, its end was
-  lost) is published again;
+* a request that waits for an owner and whose message is not in the queue any more (a late owner has acknowledged it,
+  its end was lost, the queue has forgotten it) is published again;
 * who goes on with a request that has ended here, or that somebody else owns now, is told so, every `remind_s`;
 * a request that kills its owners is found out (`suspects`) and fails with `worker_lost`.
 """
@@ -109,7 +109,8 @@ class Config:
     often one request is resumed in its life, for whatever reason; `max_republished`: how often in a row, without a
     token, its end may be lost. `check_s`, `lost_after_s`, `quiet_s`: see `watch`. `settle_s`: how long after the bus
     came back others may still be on their way, and after a claim its answer. `reclaim_s`: how long an interrupted
-    request waits for its next claim until its message is looked for, at first; `reclaim_most_s` at most.
+    request waits for its next claim until its message is looked for, at first; `reclaim_most_s` at most; `queued_s` and
+    `queued_most_s` the same for one that is in the queue, where waiting is the normal thing.
     `patience_s`: how long a stream that has begun and lost its owner outlives a passing failure of its deployment.
     """
 
@@ -123,6 +124,8 @@ class Config:
     settle_s: float = 2.0
     reclaim_s: float = 2.0
     reclaim_most_s: float = 10.0
+    queued_s: float = 5.0
+    queued_most_s: float = 60.0
     patience_s: float = 60.0
     remind_s: float = 0.5
     inform_s: float = 0.2
@@ -136,6 +139,7 @@ class _Timer(enum.Enum):
     RECLAIM = 2
     HINT = 3
     PUBLISH = 4
+    LOOK = 5
 
 
 _Alarm = tuple[float, int, _Timer, str]
@@ -316,6 +320,7 @@ class GatewayCore:
         live.publish_tries = 0
         if live.state is State.QUEUED:
             self._hint(live.call, now, out)
+            self._arm_look(live, now)
 
     def _publish_failed(self, request_id: str, attempt: int, failure: Failure, now: float, out: list[Action]) -> None:
         live = self._live.get(request_id)
@@ -548,6 +553,18 @@ class GatewayCore:
         live.reclaim_at = now + delay_s(live.looks, first_s=config.reclaim_s, most_s=config.reclaim_most_s)
         self._arm(live.reclaim_at, _Timer.RECLAIM, live.request_id)
 
+    def _arm_look(self, live: Live, now: float) -> None:
+        config = self._config
+        live.looks += 1
+        live.reclaim_at = now + delay_s(live.looks, first_s=config.queued_s, most_s=config.queued_most_s)
+        self._arm(live.reclaim_at, _Timer.LOOK, live.request_id)
+
+    def _unseen(self, live: Live, now: float, out: list[Action]) -> None:
+        """Nobody has claimed a queued request for a while: no replica has room, or the queue has lost its message."""
+        if live.sequence is not None:
+            out.append(FindMessage(live.request_id, live.sequence))
+            self._arm_look(live, now)
+
     def _unclaimed(self, live: Live, now: float, out: list[Action]) -> None:
         """Nobody has claimed an interrupted request for a while."""
         if not live.returned and live.token:
@@ -703,6 +720,9 @@ class GatewayCore:
             case _Timer.RECLAIM:
                 live = self._live.get(key)
                 return live is not None and live.state is State.INTERRUPTED and live.reclaim_at == at
+            case _Timer.LOOK:
+                live = self._live.get(key)
+                return live is not None and live.state is State.QUEUED and live.reclaim_at == at
             case _Timer.PUBLISH:
                 live = self._live.get(key)
                 return live is not None and live.state is State.QUEUED and live.publish_at == at
@@ -725,6 +745,8 @@ class GatewayCore:
                     self._look_at(self._watch.owners[key], now, out)
                 case _Timer.RECLAIM:
                     self._unclaimed(self._live[key], now, out)
+                case _Timer.LOOK:
+                    self._unseen(self._live[key], now, out)
                 case _Timer.PUBLISH:
                     live = self._live[key]
                     live.publish_at = 0.0

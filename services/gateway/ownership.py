@@ -170,6 +170,7 @@ def replace_message(live: Live) -> None:
     live.delivery = 0
     live.returned = False
     live.acknowledged = False
+    live.looks = 0
     if live.epoch:
         live.epoch += 1
         live.since_epoch = live.epoch

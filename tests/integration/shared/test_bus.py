@@ -320,3 +320,39 @@ async def test_what_a_killed_server_forgot_to_delete_is_swept(tmp_path: Path, mo
     finally:
         process.kill()
         process.wait(10)
+
+
+async def test_sweeping_leaves_alone_what_is_handed_out(
+    nats_url: str, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was handed out comes again when it is not acknowledged, or given back, however often its queue is swept."""
+    monkeypatch.setattr("shared.bus.SWEEP_S", 0.0)
+    async with asyncio.timeout(60), Bus.connect(nats_url, name="test", prefix=prefix) as bus:
+        await bus.ensure_stream(limit=100)
+        await bus.ensure_queue("m", ack_wait_s=1.0)
+        got: list[Delivery] = []
+        puller = await bus.pull("m", got.append)
+        puller.want(3)
+        for number in range(3):
+            await bus.enqueue("m", a_request(number))
+        while len(got) < 3:
+            await asyncio.sleep(0.01)
+        bus.ack(got[0].token)
+        while await bus.queue_depths() != {"m": 2}:
+            await asyncio.sleep(0.01)
+        for _ in range(3):
+            await bus.queue_depths()
+        bus.nak(got[1].token)
+        while await bus.queue_depths() != {"m": 2}:
+            await asyncio.sleep(0.01)
+        puller.want(2)
+        while len(got) < 5:
+            await asyncio.sleep(0.01)
+        again = got[3:]
+        assert {delivery.sequence for delivery in again} == {got[1].sequence, got[2].sequence}
+        for delivery in again:
+            assert delivery.delivery == 2
+            bus.ack(delivery.token)
+        while await bus.queue_depths():
+            await asyncio.sleep(0.01)
+        await puller.close()

@@ -320,3 +320,19 @@ def test_a_request_is_not_resumed_for_ever() -> None:
     assert bench.claim(delivery=CONFIG.max_recoveries + 2, sequence=17) == c.GONE
     assert bench.failed[0][1].code is Code.WORKER_LOST
     assert f"{CONFIG.max_recoveries} times" in bench.failed[0][1].message
+
+
+def test_a_message_that_the_queue_has_lost_before_anybody_claimed_it_is_published_again() -> None:
+    bench = Bench()
+    bench.admit("a")
+    bench.do(c.Published("a", 0, 17))
+    out = bench.until(80.0)
+    assert set(out) == {c.FindMessage("a", 17)}
+    assert 3 <= len(out) <= 6, "again, but ever more rarely: waiting is the normal thing in a queue"
+    assert bench.do(c.MessageFound("a", 17, True)) == []
+    assert bench.do(c.MessageFound("a", 17, None)) == []
+    assert bench.do(c.MessageFound("a", 17, False)) == [c.Unqueue(17), c.Publish("m-1", request("a"), 1)]
+    bench.do(c.Published("a", 1, 18))
+    assert bench.until(80.0 + CONFIG.queued_s) == [c.FindMessage("a", 18)]
+    assert bench.own("a", delivery=1, sequence=18) == 1
+    assert only(bench.until(95.0), c.FindMessage) == []
