@@ -335,4 +335,3 @@ def test_a_message_that_the_queue_has_lost_before_anybody_claimed_it_is_publishe
     bench.do(c.Published("a", 1, 18))
     assert bench.until(80.0 + CONFIG.queued_s) == [c.FindMessage("a", 18)]
     assert bench.own("a", delivery=1, sequence=18) == 1
-    assert only(bench.until(95.0), c.FindMessage) == []
