@@ -1,16 +1,20 @@
 """The picture: what the registry says, and what this scheduler has commanded that the registry does not show yet.
 
 Records come from the registry whole; commands expire when nothing comes of them. Sums of memory are derived from
-replicas and commands, never from a device's own "used" figure, which lags behind every command. Pure.
+replicas and commands, never from a device's own "used" figure, which lags behind every command. Everything that is
+asked often is kept in indices and sums, brought up to date with every change: nothing here looks at everything. Pure.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
+from services.scheduler.books import Books, Occupant, Room
+from services.scheduler.table import Table
 from shared.capacity import context_tokens, kv_cache_bytes
 from shared.contracts.records import (
     ClusterView,
@@ -39,10 +43,13 @@ class Need:
     weight_bytes: int
     kv_bytes: int
 
+    devices: int = 1
+
     def memory_bytes(self, device: str, *, streams: bool = False) -> int:
-        """Bytes of the device. On the CPU the parameters are views on the DRAM pool and cost nothing more, unless they
-        only stream through it: then they are memory of the worker's own."""
-        return self.kv_bytes if device == "cpu" and not streams else self.weight_bytes + self.kv_bytes
+        """Bytes of each of the `devices`. On the CPU the parameters are views on the DRAM pool and cost nothing
+        more, unless they only stream through it: then they are memory of the worker's own."""
+        whole = self.kv_bytes if device == "cpu" and not streams else self.weight_bytes + self.kv_bytes
+        return -(-whole // self.devices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +65,12 @@ class PendingLoad:
     memory_bytes: int
     weight_bytes: int
     expires_at: float
+    peer_worker_ids: tuple[str, ...] = ()
+
+    @property
+    def worker_ids(self) -> tuple[str, ...]:
+        """Every worker that it takes."""
+        return (self.worker_id, *self.peer_worker_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,115 +86,317 @@ class PendingStop:
     expires_at: float
 
 
-@dataclass(frozen=True, slots=True)
-class Room:
-    """Room that is being made on a worker for a deployment: nobody else may take it before `expires_at`.
-
-    `owner` is for whom: the deployment, or one of its moves (`owner_of`).
-    """
-
-    deployment: str
-    worker_id: str
-    server_id: str
-    key: str
-    memory_bytes: int
-    weight_bytes: int
-    victims: tuple[str, ...]
-    expires_at: float
-    owner: str = ""
+def workers_of(replica: ReplicaRecord) -> tuple[str, ...]:
+    """Every worker that a replica takes."""
+    return (replica.worker_id, *replica.peer_worker_ids)
 
 
-def owner_of(move_id: str) -> str:
-    """The owner of room that is being made for a move; no deployment has such a name."""
-    return f"={move_id}"
+class _Groups:
+    """Ids by group, in the order in which they came."""
 
+    def __init__(self) -> None:
+        self._ids: dict[str, dict[str, None]] = {}
 
-@dataclass(frozen=True, slots=True)
-class Occupant:
-    """Somebody who holds memory of a worker and, with `weight_bytes` > 0, the checkpoint `key` in its server's pool."""
+    def add(self, group: str, id: str) -> None:
+        self._ids.setdefault(group, {})[id] = None
 
-    id: str
-    worker_id: str
-    server_id: str
-    memory_bytes: int
-    key: str
-    weight_bytes: int
+    def drop(self, group: str, id: str) -> None:
+        ids = self._ids.get(group)
+        if ids is not None:
+            ids.pop(id, None)
+            if not ids:
+                del self._ids[group]
 
+    def of(self, group: str) -> Sequence[str]:
+        """The ids of a group, sorted."""
+        ids = self._ids.get(group)
+        return sorted(ids) if ids else ()
 
-@dataclass
-class Occupancy:
-    """Sums over occupants. A checkpoint that several replicas of one server share is counted once."""
-
-    memory_bytes: dict[str, int] = field(default_factory=dict)
-    replicas: dict[str, int] = field(default_factory=dict)
-    held: dict[str, dict[str, list[int]]] = field(default_factory=dict)
-    leaving: dict[str, dict[str, int]] = field(default_factory=dict)
-
-    def add(self, one: Occupant, sign: int = 1) -> None:
-        """Count an occupant (or, with sign -1, stop counting it)."""
-        self.memory_bytes[one.worker_id] = self.memory_bytes.get(one.worker_id, 0) + sign * one.memory_bytes
-        self.replicas[one.worker_id] = self.replicas.get(one.worker_id, 0) + sign
-        if one.weight_bytes > 0:
-            keys = self.held.setdefault(one.server_id, {})
-            entry = keys.setdefault(one.key, [0, one.weight_bytes])
-            entry[0] += sign
-            if entry[0] <= 0:
-                del keys[one.key]
-
-    def promise(self, room: Room, victims: list[Occupant]) -> None:
-        """Hold back what the newcomer needs beyond what its victims, who are counted still, will give back."""
-        memory, count, freed = 0, 0, 0
-        for one in victims:
-            if one.worker_id == room.worker_id:
-                memory, count = memory + one.memory_bytes, count + 1
-            if one.weight_bytes > 0:
-                gone = self.leaving.setdefault(one.server_id, {})
-                gone[one.key] = gone.get(one.key, 0) + 1
-                if gone[one.key] == self.held[one.server_id][one.key][0]:
-                    freed += one.weight_bytes
-        id = room.worker_id
-        self.memory_bytes[id] = self.memory_bytes.get(id, 0) + max(0, room.memory_bytes - memory)
-        self.replicas[id] = self.replicas.get(id, 0) + max(0, 1 - count)
-        if not self.holds(room.server_id, room.key) and room.weight_bytes > freed:
-            keys = self.held.setdefault(room.server_id, {})
-            keys[f"room:{room.owner or room.deployment}"] = [1, room.weight_bytes - freed]
-
-    def holds(self, server_id: str, key: str) -> bool:
-        """Whether somebody on this server keeps the checkpoint in DRAM, and is not leaving to make room."""
-        entry = self.held.get(server_id, {}).get(key)
-        return entry is not None and entry[0] > self.leaving.get(server_id, {}).get(key, 0)
-
-    def pool_bytes(self, server_id: str) -> int:
-        """Bytes of the server's DRAM pool that cannot be evicted."""
-        return sum(weight for _, weight in self.held.get(server_id, {}).values())
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ids)
 
 
 class Cluster:
     """The picture. `now` is always a monotonic second of the scheduler's own clock.
 
     `needed` are the replicas to which moves are under way; they are not idle, whatever they say. `floors` maps a
-    deployment to the replicas that its moves want it to have. Both are written by `moves` only.
+    deployment to the replicas that its moves want it to have. Both are written by `moves` only. `touched_names` are the
+    deployments of which something has changed since `take_touched`, and `releases` counts what may have made room for
+    somebody who waits.
     """
 
     def __init__(self, *, kv_bytes_max: int) -> None:
         self.kv_bytes_max = kv_bytes_max
-        self.servers: dict[str, ServerRecord] = {}
-        self.workers: dict[str, WorkerRecord] = {}
-        self.replicas: dict[str, ReplicaRecord] = {}
-        self.deployments: dict[str, DeploymentRecord] = {}
-        self.loads: dict[str, PendingLoad] = {}
-        self.stops: dict[str, PendingStop] = {}
-        self.rooms: dict[str, Room] = {}
-        self.needed: frozenset[str] = frozenset()
-        self.floors: dict[str, int] = {}
-        self.depths: dict[str, int] = {}
-        self.depths_asked_at = -math.inf
+        self.books = Books()
+        self.servers: dict[str, ServerRecord] = Table(self._server_changed)
+        self.workers: dict[str, WorkerRecord] = Table(self._worker_changed)
+        self.replicas: dict[str, ReplicaRecord] = Table(self._replica_changed)
+        self.deployments: dict[str, DeploymentRecord] = Table(self._deployment_changed)
+        self.loads: dict[str, PendingLoad] = Table(self._load_changed)
+        self.stops: dict[str, PendingStop] = Table(self._stop_changed)
+        self.rooms: dict[str, Room] = Table(self._room_changed)
+        self.depths: dict[str, int] = Table(self._depth_changed)
         self.hinted_at: dict[str, float] = {}
+        self.ages: dict[str, dict[str, tuple[int, float, float]]] = {}
+        self.depths_asked_at = -math.inf
         self.ready_at: dict[str, float] = {}
+        self.releases = 0
+        self._needed: frozenset[str] = frozenset()
+        self._floors: dict[str, int] = {}
         self._said_at: dict[str, float] = {}
         self._planned_bytes: dict[str, int] = {}
         self._touched_at: dict[tuple[str, str], float] = {}
         self._released: dict[str, list[tuple[int, float]]] = {}
+        self._slugs: dict[str, str] = {}
+        self._touched_names: dict[str, None] = {}
+        self._written_names: dict[str, None] = {}
+        self._changed_servers: dict[str, None] = {}
+        self._changed_workers: dict[str, None] = {}
+        self._workers_of = _Groups()
+        self._replicas_of = _Groups()
+        self._replicas_at = _Groups()
+        self._replicas_in = _Groups()
+        self._loads_of = _Groups()
+        self._loads_at = _Groups()
+        self._loads_in = _Groups()
+        self._in_dram = _Groups()
+        self._on_ssd = _Groups()
+        self._keys = _Groups()  # deployments by the key of their bytes
+        self._draining_workers: dict[str, None] = {}
+        self._migrating_workers: dict[str, None] = {}
+        self._leaving_replicas: dict[str, None] = {}
+        self._expiries: list[tuple[float, str, str]] = []
+
+    # -- what follows from a change ------------------------------------------------------------------------------
+
+    def _server_changed(self, id: str, old: ServerRecord | None, new: ServerRecord | None) -> None:
+        self._changed_servers[id] = None
+        for was, becomes, groups in (
+            (old.dram if old else {}, new.dram if new else {}, self._in_dram),
+            (old.ssd if old else {}, new.ssd if new else {}, self._on_ssd),
+        ):
+            if was is becomes or was == becomes:
+                continue
+            for key in was:
+                if key not in becomes:
+                    groups.drop(key, id)
+            for key in becomes:
+                if key not in was:
+                    groups.add(key, id)
+        if old is not None and new is not None:
+            if old.phase is not new.phase or new.leased_bytes < old.leased_bytes:
+                self.releases += 1
+            same = (old.dram, old.ssd, old.chunk_bytes, old.dram_capacity_bytes) == (
+                new.dram, new.ssd, new.chunk_bytes, new.dram_capacity_bytes,
+            )  # fmt: skip
+            if same and old.phase is new.phase:
+                return
+        else:
+            self.releases += 1
+        self._recount_server(id)
+        for worker_id in self._workers_of.of(id):
+            self._touch_worker(worker_id)
+
+    def _worker_changed(self, id: str, old: WorkerRecord | None, new: WorkerRecord | None) -> None:
+        self._changed_workers[id] = None
+        _mark(self._draining_workers, id, new is not None and new.phase is Phase.DRAINING)
+        _mark(self._migrating_workers, id, new is not None and bool(new.migrations))
+        if old is not None and (new is None or new.server_id != old.server_id):
+            self._workers_of.drop(old.server_id, id)
+        if new is not None and (old is None or new.server_id != old.server_id):
+            self._workers_of.add(new.server_id, id)
+        if old is not None and new is not None and _same_worker(old, new):
+            return
+        self.releases += 1
+        self._touch_worker(id)
+        for replica_id in self._replicas_at.of(id):
+            self._recount(self.replicas[replica_id])
+
+    def _replica_changed(self, id: str, old: ReplicaRecord | None, new: ReplicaRecord | None) -> None:
+        if old is not None and new is not None and (
+            old.deployment, old.server_id, workers_of(old),
+        ) != (new.deployment, new.server_id, workers_of(new)):  # fmt: skip
+            self._regroup(id, old, None)
+            self._regroup(id, None, new)
+        elif old is None or new is None:
+            self._regroup(id, old, new)
+        for one in (old, new):
+            if one is not None:
+                self._touched_names[one.deployment] = None
+                for worker_id in workers_of(one):
+                    self._changed_workers[worker_id] = None
+        _mark(self._leaving_replicas, id, new is not None and new.state is ReplicaState.DRAINING)
+        if new is None:
+            self.releases += 1
+            self._drop_occupant(id)
+        else:
+            if old is None or (old.running > 0 and new.running == 0) or old.state is not new.state:
+                self.releases += 1
+            self._recount(new)
+
+    def _regroup(self, id: str, old: ReplicaRecord | None, new: ReplicaRecord | None) -> None:
+        if old is not None:
+            self._replicas_of.drop(old.deployment, id)
+            self._replicas_in.drop(old.server_id, id)
+            for worker_id in workers_of(old):
+                self._replicas_at.drop(worker_id, id)
+        if new is not None:
+            self._replicas_of.add(new.deployment, id)
+            self._replicas_in.add(new.server_id, id)
+            for worker_id in workers_of(new):
+                self._replicas_at.add(worker_id, id)
+
+    def _deployment_changed(self, name: str, old: DeploymentRecord | None, new: DeploymentRecord | None) -> None:
+        self._touched_names[name] = None
+        self._written_names[name] = None
+        if old is not None:
+            self._slugs.pop(old.slug, None)
+            self._keys.drop(self.need(old).key, name)
+        if new is not None:
+            self._slugs[new.slug] = name
+            self._keys.add(self.need(new).key, name)
+        for id in self._replicas_of.of(name):
+            self._recount(self.replicas[id])
+
+    def _load_changed(self, id: str, old: PendingLoad | None, new: PendingLoad | None) -> None:
+        for one, act in ((old, _Groups.drop), (new, _Groups.add)):
+            if one is not None:
+                self._touched_names[one.deployment] = None
+                act(self._loads_of, one.deployment, id)
+                act(self._loads_in, one.server_id, id)
+                for worker_id in one.worker_ids:
+                    act(self._loads_at, worker_id, id)
+                    self._changed_workers[worker_id] = None
+                self._changed_servers[one.server_id] = None
+        if new is not None:
+            self._expires(new.expires_at, "load", id)
+            self._count_load(new)
+        else:
+            self.releases += 1
+            if id not in self.replicas:
+                self._drop_occupant(id)
+
+    def _stop_changed(self, id: str, old: PendingStop | None, new: PendingStop | None) -> None:
+        one = new or old
+        if one is not None:
+            self._touched_names[one.deployment] = None
+            self._changed_workers[one.worker_id] = None
+        if new is not None:
+            self._expires(new.expires_at, "stop", id)
+
+    def _room_changed(self, owner: str, old: Room | None, new: Room | None) -> None:
+        one = new or old
+        if one is not None:
+            self._touched_names[one.deployment] = None
+            self._changed_servers[one.server_id] = None
+            for id in one.worker_ids:
+                self._changed_workers[id] = None
+        if new is not None:
+            self._expires(new.expires_at, "room", owner)
+            weight = self.held_bytes(new.server_id, new.key, new.weight_bytes)
+            self.books.put_room(owner, replace(new, weight_bytes=weight))
+        else:
+            self.books.drop_room(owner)
+            self.releases += 1
+
+    def _depth_changed(self, name: str, old: int | None, new: int | None) -> None:
+        if (old or 0) != (new or 0):
+            self._touched_names[name] = None
+            if not new:
+                self.releases += 1  # its replicas may have become idle
+
+    def _touch_worker(self, id: str) -> None:
+        """Who has replicas, or loads, there may have more or fewer that can work."""
+        self._changed_workers[id] = None
+        for replica_id in self._replicas_at.of(id):
+            self._touched_names[self.replicas[replica_id].deployment] = None
+
+    def _recount_server(self, id: str) -> None:
+        for replica_id in self._replicas_in.of(id):
+            self._recount(self.replicas[replica_id])
+        for load_id in self._loads_in.of(id):
+            self._count_load(self.loads[load_id])
+
+    def _recount(self, replica: ReplicaRecord) -> None:
+        if self.books.put(self._occupant(replica)):
+            self._note_occupants(replica.server_id, workers_of(replica))
+
+    def _count_load(self, load: PendingLoad) -> None:
+        weight = self.held_bytes(load.server_id, load.key, load.weight_bytes)
+        one = Occupant(load.replica_id, load.worker_ids, load.server_id, load.memory_bytes, load.key, weight)
+        if self.books.put(one):
+            self._note_occupants(load.server_id, load.worker_ids)
+
+    def _drop_occupant(self, id: str) -> None:
+        one = self.books.drop(id)
+        if one is not None:
+            self._note_occupants(one.server_id, one.worker_ids)
+
+    def _note_occupants(self, server_id: str, worker_ids: tuple[str, ...]) -> None:
+        self._changed_servers[server_id] = None
+        for id in worker_ids:
+            self._changed_workers[id] = None
+
+    def _expires(self, at: float, kind: str, id: str) -> None:
+        heapq.heappush(self._expiries, (at, kind, id))
+
+    @property
+    def needed(self) -> frozenset[str]:
+        """See the class."""
+        return self._needed
+
+    @needed.setter
+    def needed(self, ids: frozenset[str]) -> None:
+        for id in sorted(ids.symmetric_difference(self._needed)):
+            replica = self.replicas.get(id)
+            if replica is not None:
+                self._touched_names[replica.deployment] = None
+        self._needed = ids
+
+    @property
+    def floors(self) -> dict[str, int]:
+        """See the class."""
+        return self._floors
+
+    @floors.setter
+    def floors(self, floors: dict[str, int]) -> None:
+        for name in (*floors, *self._floors):
+            if floors.get(name) != self._floors.get(name):
+                self._touched_names[name] = None
+        self._floors = floors
+
+    def take_touched(self) -> list[str]:
+        """Deployments (and names of replicas' deployments) of which something has changed since the last call."""
+        names = sorted(self._touched_names)
+        self._touched_names = {}
+        return names
+
+    def touch(self, name: str) -> None:
+        """Something about this deployment has changed that the picture does not show."""
+        self._touched_names[name] = None
+
+    def mark_workers(self, replica: ReplicaRecord) -> None:
+        """What its workers could give to others may have changed with time."""
+        for id in workers_of(replica):
+            self._changed_workers[id] = None
+
+    def take_written(self) -> list[str]:
+        """Deployments whose records have changed since the last call."""
+        names = sorted(self._written_names)
+        self._written_names = {}
+        return names
+
+    def changed_workers(self) -> list[str]:
+        """Workers of which something has changed since the last call: records, replicas, promises."""
+        ids = sorted(self._changed_workers)
+        self._changed_workers = {}
+        return ids
+
+    def changed_servers(self) -> list[str]:
+        """Servers of which something has changed since the last call: records, loads, promises."""
+        ids = sorted(self._changed_servers)
+        self._changed_servers = {}
+        return ids
 
     # -- records ------------------------------------------------------------------------------------------------
 
@@ -191,9 +406,11 @@ class Cluster:
             old = self.servers.get(record.server_id)
             if old is not None and record.leased_bytes < old.leased_bytes:
                 self._released.pop(record.server_id, None)
-            self.servers[record.server_id] = record
+            if old != record:
+                self.servers[record.server_id] = record
         elif isinstance(record, WorkerRecord):
-            self.workers[record.worker_id] = record
+            if self.workers.get(record.worker_id) != record:
+                self.workers[record.worker_id] = record
         else:
             self._put_replica(record, now)
 
@@ -202,11 +419,11 @@ class Cluster:
         load = self.loads.pop(id, None)
         if load is not None:
             self._planned_bytes[id] = load.memory_bytes
-        if self.replicas.get(id) != record:
-            self._said_at[id] = now  # the same record again is as old as it was
-        self.replicas[id] = record
         if record.state is ReplicaState.READY:
             self.ready_at.setdefault(id, now)
+        if self.replicas.get(id) != record:
+            self._said_at[id] = now  # the same record again is as old as it was
+            self.replicas[id] = record
 
     def remove_server(self, id: str) -> None:
         """This server is gone."""
@@ -223,12 +440,12 @@ class Cluster:
         if record is None:
             return None
         one = self._occupant(record)
-        del self.replicas[id]
+        del self.replicas[id]  # and with it from the books
         self.stops.pop(id, None)
         self.ready_at.pop(id, None)
         self._said_at.pop(id, None)
         self._planned_bytes.pop(id, None)
-        if one.weight_bytes and one.key not in self.occupancy().held.get(one.server_id, {}):
+        if one.weight_bytes and not self.books.holders(one.server_id, one.key):
             self._released.setdefault(one.server_id, []).append((one.weight_bytes, now + RELEASE_S))
         return record
 
@@ -271,9 +488,15 @@ class Cluster:
     def put_depths(self, depths: dict[str, int], asked_at: float) -> None:
         """Take over the queues' depths (by slug) as they were read at `asked_at`; later hints stand."""
         self.depths_asked_at = asked_at
-        names = {record.slug: name for name, record in self.deployments.items()}
-        self.depths = {names[slug]: count for slug, count in depths.items() if slug in names}
-        self.hinted_at = {name: at for name, at in self.hinted_at.items() if at > asked_at}
+        seen = {self._slugs[slug]: count for slug, count in depths.items() if slug in self._slugs}
+        for name in [name for name in self.depths if name not in seen]:
+            del self.depths[name]
+        for name, count in seen.items():
+            if self.depths.get(name) != count:
+                self.depths[name] = count
+        for name in [name for name, at in self.hinted_at.items() if at <= asked_at]:
+            del self.hinted_at[name]
+            self._touched_names[name] = None
 
     def outstanding(self, name: str) -> int:
         """Requests waiting or running, as far as known: a hint counts as one until the queues are read again."""
@@ -293,22 +516,68 @@ class Cluster:
             return []
         return [
             replica
-            for id, replica in sorted(self.replicas.items())
-            if replica.deployment == name
-            and replica.revision == deployment.revision
+            for replica in self.replicas_of(name)
+            if replica.revision == deployment.revision
             and replica.state is not ReplicaState.DRAINING
-            and id not in self.stops
+            and replica.replica_id not in self.stops
             and self.alive(replica)
         ]
 
     def coming(self, name: str) -> list[PendingLoad]:
         """Commanded loads of a deployment's present revision, by id."""
         deployment = self.deployments.get(name)
-        return [
-            load
-            for _, load in sorted(self.loads.items())
-            if load.deployment == name and deployment is not None and load.revision == deployment.revision
-        ]
+        if deployment is None:
+            return []
+        loads = (self.loads[id] for id in self._loads_of.of(name))
+        return [load for load in loads if load.revision == deployment.revision]
+
+    def replicas_of(self, name: str) -> list[ReplicaRecord]:
+        """Every replica of a deployment, of whatever revision and state, by id."""
+        return [self.replicas[id] for id in self._replicas_of.of(name)]
+
+    def replicas_on(self, worker_id: str) -> list[ReplicaRecord]:
+        """Every replica that takes this worker, by id."""
+        return [self.replicas[id] for id in self._replicas_at.of(worker_id)]
+
+    def loads_on(self, server_id: str) -> list[PendingLoad]:
+        """Commanded loads of a server that the registry does not show yet, by id."""
+        return [self.loads[id] for id in self._loads_in.of(server_id)]
+
+    def loads_at(self, worker_id: str) -> list[PendingLoad]:
+        """Commanded loads of a worker that the registry does not show yet, by id."""
+        return [self.loads[id] for id in self._loads_at.of(worker_id)]
+
+    def workers_on(self, server_id: str) -> Sequence[str]:
+        """The workers of a server, by id."""
+        return self._workers_of.of(server_id)
+
+    def present(self, name: str) -> frozenset[str]:
+        """Workers that have a replica of this deployment, or get one."""
+        serving = [id for one in self.serving(name) for id in workers_of(one)]
+        return frozenset(serving + [id for one in self.coming(name) for id in one.worker_ids])
+
+    def dram_holders(self, key: str, weight_bytes: int = 1) -> list[str]:
+        """Servers that have all of this checkpoint in DRAM, by id."""
+        return [id for id in self._in_dram.of(key) if self.servers[id].dram.get(key, 0) >= max(1, weight_bytes)]
+
+    def ssd_holders(self, key: str, weight_bytes: int = 1) -> list[str]:
+        """Servers that have all of this checkpoint on SSD, by id."""
+        return [id for id in self._on_ssd.of(key) if self.servers[id].ssd.get(key, 0) >= max(1, weight_bytes)]
+
+    @property
+    def draining_workers(self) -> list[str]:
+        """Workers that drain, by id."""
+        return sorted(self._draining_workers)
+
+    @property
+    def migrating_workers(self) -> list[str]:
+        """Workers from which requests migrate now, by id."""
+        return sorted(self._migrating_workers)
+
+    @property
+    def leaving_replicas(self) -> list[str]:
+        """Replicas that take nothing more and leave, by id."""
+        return sorted(self._leaving_replicas)
 
     def idle_s(self, replica: ReplicaRecord, now: float) -> float:
         """Seconds since its last request ended; 0 while one runs or it is not ready."""
@@ -326,35 +595,43 @@ class Cluster:
         """What one replica needs; while the checkpoint is unknown, the weights that were inspected and no KV cache."""
         facts = record.checkpoint
         if facts is None:
-            return Need(record.spec.name, f"of:{record.spec.name}", record.weight_bytes, 0)
+            return Need(record.spec.name, f"of:{record.spec.name}", record.weight_bytes, 0, record.spec.devices)
         kv_bytes = kv_cache_bytes(
             kv_bytes_per_token=facts.kv_bytes_per_token,
             slots=record.spec.target_concurrency,
             max_context_tokens=context_tokens(facts.max_context_tokens, record.spec.max_context_tokens),
             most_bytes=self.kv_bytes_max,
         )
-        return Need(record.spec.name, facts.checkpoint_id, facts.weight_bytes, kv_bytes)
+        return Need(record.spec.name, facts.checkpoint_id, facts.weight_bytes, kv_bytes, record.spec.devices)
 
-    def occupancy(self, *, but_for: str | None = None) -> Occupancy:
-        """Who holds what, commands included; `but_for` leaves out the room that is being made for that owner."""
-        sums = Occupancy()
-        for id in sorted(self.replicas):
-            sums.add(self._occupant(self.replicas[id]))
-        for id in sorted(self.loads):
-            load = self.loads[id]
-            weight = self.held_bytes(load.server_id, load.key, load.weight_bytes)
-            sums.add(Occupant(id, load.worker_id, load.server_id, load.memory_bytes, load.key, weight))
-        for name in sorted(self.rooms):
-            if name != but_for:
-                room = self.rooms[name]
-                victims = [self._occupant(self.replicas[id]) for id in room.victims if id in self.replicas]
-                weight = self.held_bytes(room.server_id, room.key, room.weight_bytes)
-                sums.promise(replace(room, weight_bytes=weight), victims)
-        return sums
+    def used_bytes(self, worker_id: str, *, but_for: str = "") -> int:
+        """Bytes of a worker that are taken or promised; `but_for` leaves out the room that is made for that owner."""
+        return self.books.used_bytes(worker_id, self._server_of(worker_id), but_for=but_for)
+
+    def replica_count(self, worker_id: str, *, but_for: str = "") -> int:
+        """Replicas that a worker has or is promised."""
+        return self.books.places(worker_id, self._server_of(worker_id), but_for=but_for)
+
+    def pool_used_bytes(self, server_id: str, now: float, *, but_for: str = "", freed_bytes: int = 0) -> int:
+        """Bytes of a server's DRAM pool that cannot be evicted: promised, or leased as its store says.
+
+        `freed_bytes` are leased by those whose leaving is being considered.
+        """
+        server = self.servers.get(server_id)
+        leased = max(0, self.leased_bytes(server, now) - freed_bytes) if server is not None else 0
+        return max(leased, self.books.pool_bytes(server_id, but_for=but_for) - freed_bytes)
+
+    def holds(self, server_id: str, key: str, *, but_for: str = "") -> bool:
+        """Whether some replica on this server keeps the checkpoint in DRAM, and is not leaving to make room."""
+        return self.books.holds(server_id, key, but_for=but_for)
+
+    def _server_of(self, worker_id: str) -> str:
+        worker = self.workers.get(worker_id)
+        return worker.server_id if worker is not None else ""
 
     def occupant(self, replica_id: str) -> Occupant:
         """What this replica holds."""
-        return self._occupant(self.replicas[replica_id])
+        return self.books.occupants[replica_id]
 
     def _occupant(self, replica: ReplicaRecord) -> Occupant:
         worker = self.workers.get(replica.worker_id)
@@ -371,7 +648,7 @@ class Cluster:
             weight = 0
         key = replica.checkpoint_id or (need.key if need is not None else f"replica:{replica.replica_id}")
         held = self.held_bytes(replica.server_id, key, weight)
-        return Occupant(replica.replica_id, replica.worker_id, replica.server_id, memory, key, held)
+        return Occupant(replica.replica_id, workers_of(replica), replica.server_id, memory, key, held)
 
     def _weight_bytes(self, replica: ReplicaRecord, need: Need | None) -> int:
         if need is not None and replica.checkpoint_id in ("", need.key):
@@ -421,16 +698,31 @@ class Cluster:
 
     def expire(self, now: float) -> tuple[list[PendingLoad], list[PendingStop], list[Room]]:
         """Forget commands of which nothing came in time; returns them."""
-        loads = [load for _, load in sorted(self.loads.items()) if load.expires_at <= now]
-        stops = [stop for _, stop in sorted(self.stops.items()) if stop.expires_at <= now]
-        rooms = [room for _, room in sorted(self.rooms.items()) if room.expires_at <= now]
-        for load in loads:
-            del self.loads[load.replica_id]
-        for stop in stops:
-            del self.stops[stop.replica_id]
-        for room in rooms:
-            del self.rooms[room.owner or room.deployment]
+        loads: list[PendingLoad] = []
+        stops: list[PendingStop] = []
+        rooms: list[Room] = []
+        while self._expiries and self._expiries[0][0] <= now:
+            at, kind, id = heapq.heappop(self._expiries)
+            if kind == "load" and id in self.loads and self.loads[id].expires_at == at:
+                loads.append(self.loads.pop(id))
+            elif kind == "stop" and id in self.stops and self.stops[id].expires_at == at:
+                stops.append(self.stops.pop(id))
+            elif kind == "room" and id in self.rooms and self.rooms[id].expires_at == at:
+                rooms.append(self.rooms.pop(id))
         return loads, stops, rooms
+
+    def next_expiry(self) -> float:
+        """The moment at which the next command may have to be forgotten."""
+        kinds: dict[str, dict[str, PendingLoad] | dict[str, PendingStop] | dict[str, Room]] = {
+            "load": self.loads, "stop": self.stops, "room": self.rooms,
+        }  # fmt: skip
+        while self._expiries:
+            at, kind, id = self._expiries[0]
+            entry = kinds[kind].get(id)
+            if entry is not None and entry.expires_at == at:
+                return at
+            heapq.heappop(self._expiries)
+        return math.inf
 
     def busy(self, replica_id: str, now: float) -> None:
         """A worker refused to stop this replica because it runs a request: it is not idle."""
@@ -453,14 +745,14 @@ class Cluster:
         ]
 
     def check(self) -> None:
-        """No device is promised more than it has; nothing commanded is both coming and there."""
-        sums = self.occupancy()
+        """No device is promised more than it has; nothing commanded is both coming and there; the books are right."""
+        self.books.check()
         for id, worker in self.workers.items():
-            used, count = sums.memory_bytes.get(id, 0), sums.replicas.get(id, 0)
+            used, count = self.used_bytes(id), self.replica_count(id)
             assert used <= worker.memory_total_bytes, f"{id}: {used} of {worker.memory_total_bytes} bytes promised"
             assert count <= worker.max_replicas, f"{id}: {count} of {worker.max_replicas} replicas promised"
         for id, server in self.servers.items():
-            pool = sums.pool_bytes(id)
+            pool = self.books.pool_bytes(id)
             assert pool <= server.dram_capacity_bytes, f"{id}: {pool} of {server.dram_capacity_bytes} bytes promised"
         for id in self.loads:
             assert id not in self.replicas, f"{id} is both coming and there"
@@ -471,6 +763,20 @@ class Cluster:
 def serves(record: DeploymentRecord) -> bool:
     """Whether replicas of this deployment may be placed."""
     return record.state is DeploymentState.READY
+
+
+def _same_worker(old: WorkerRecord, new: WorkerRecord) -> bool:
+    """Whether nothing has changed that placements depend on."""
+    return (old.phase, old.device, old.server_id, old.memory_total_bytes, old.max_replicas, old.labels) == (
+        new.phase, new.device, new.server_id, new.memory_total_bytes, new.max_replicas, new.labels,
+    )  # fmt: skip
+
+
+def _mark(ids: dict[str, None], id: str, on: bool) -> None:
+    if on:
+        ids[id] = None
+    else:
+        ids.pop(id, None)
 
 
 def _missing(known: Iterable[str], seen: Iterable[str]) -> list[str]:

@@ -1,22 +1,21 @@
 """Decisions over time: demand → placement → load; idleness → stop; failure → another server, patience, an error. Pure.
 
 Everything is level-triggered: whatever happened, `_reconcile` compares the picture with what is wanted and commands
-the difference; commands that the registry does not show yet are part of the picture. A hint of demand is decided
-within the same `handle`, from memory; a look at the registry and the queues every `look_interval_s` corrects whatever a
-lost hint left wrong.
+the difference; commands that the registry does not show yet are part of the picture. Only deployments of which
+something has changed, or whose time has come, are looked at: what one event costs does not depend on how many there
+are. A hint of demand is decided within the same `handle`, from memory; a look at the registry and the queues every
+`look_interval_s` corrects whatever a lost hint left wrong.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 from dataclasses import dataclass
 from typing import Final, assert_never
 
-import msgspec
-
-from services.scheduler import autoscale, policy
-from services.scheduler.autoscale import Trouble
-from services.scheduler.cluster import Cluster, Need, serves
+from services.scheduler import autoscale
+from services.scheduler.cluster import Cluster, serves
 from services.scheduler.deployments import Deployments
 from services.scheduler.events import (
     Action,
@@ -26,7 +25,6 @@ from services.scheduler.events import (
     DeployAsked,
     DeploymentUnwritten,
     DeploymentWritten,
-    EnsureQueues,
     Event,
     Fact,
     ImportDone,
@@ -45,9 +43,6 @@ from services.scheduler.events import (
     QueuesRead,
     QueuesUnensured,
     QueuesUnread,
-    ReadQueues,
-    ReadRecord,
-    ReadRegistry,
     Reconnected,
     RecordHinted,
     RecordRead,
@@ -60,30 +55,35 @@ from services.scheduler.events import (
     StopAccepted,
     StopRefused,
 )
+from services.scheduler.health import Health
+from services.scheduler.looks import FOLLOWED, Looks
 from services.scheduler.moves import Moves
 from services.scheduler.placing import Placing
 from services.scheduler.policy import Decision, Outcome
 from services.scheduler.rules import Rules
 from shared.contracts.migration import MigrationReason
-from shared.contracts.records import DeploymentState, Phase, ReplicaRecord, ReplicaState
+from shared.contracts.records import DeploymentRecord, DeploymentState, ReplicaRecord, ReplicaState
 from shared.errors import Code, Failure
 
-# Records whose changes the picture follows; the others are nobody's business here.
-FOLLOWED: Final = frozenset({"server", "worker", "replica"})
+# Who waits for room is tried again when something may have made room, but not more often than this.
+RETRY_S: Final = 0.1
+# What fits nowhere costs a close look each time; so many are looked at within one event, the others a moment later.
+MOST_TRIES: Final = 4
+LATER_S: Final = 0.02
 
 
 @dataclass(slots=True)
-class Suspect:
-    """A replica that leaves, or has left, without having been asked; its worker says why in a moment.
+class Deferral:
+    """A deployment that waits for room: since which state of the picture, and when to try again.
 
-    Until `due` (monotonic second) nothing is placed for its deployment: the next one might do the same. `loading`: it
-    had never been ready, so that silence means that its load failed.
+    `kinds` are the reasons, roughly: the log wants to know when they change. Once something may have made room it is
+    tried again from `again_at` on, and at `latest_at` whatever has happened.
     """
 
-    deployment: str
-    server_id: str
-    due: float
-    loading: bool
+    kinds: str
+    releases: int
+    again_at: float
+    latest_at: float
 
 
 class Core:
@@ -94,25 +94,17 @@ class Core:
         self.cluster = Cluster(kv_bytes_max=rules.kv_bytes_max)
         self.deployments = Deployments(self.cluster)
         self.placing = Placing(rules, self.cluster, instance=instance)
+        self.health = Health(rules, self.cluster, self.deployments, self.placing, self._review_at)
+        self.looks = Looks(rules, self.cluster)
+        self.moves = Moves(rules, self.cluster, self.placing, self.health.troubles)
         self.counts = self.placing.counts
         self.decisions = self.placing.decisions
         self._oriented = False
-        self._registry_due = -math.inf
-        self._registry_asked = False
-        self._queues_due = -math.inf
-        self._queues_asked = False
-        self._queues_asked_at = -math.inf
-        self._ensure_due = -math.inf
-        self._ensuring = False
-        self._reading: dict[tuple[str, str], bool] = {}
         self._wanting_since: dict[str, float] = {}
-        self._troubles: dict[str, Trouble] = {}
-        self._suspects: dict[str, Suspect] = {}
-        self._blamed: dict[str, float] = {}
-        self._deferred: dict[str, str] = {}
-        self._unreachable: dict[str, str] = {}
+        self._deferred: dict[str, Deferral] = {}
+        self._reviews: list[tuple[float, str]] = []
+        self._review_due: dict[str, float] = {}
         self._wake = -math.inf
-        self.moves = Moves(rules, self.cluster, self.placing, self._troubles)
 
     # -- the machine ---------------------------------------------------------------------------------------------
 
@@ -121,14 +113,16 @@ class Core:
         out: list[Action] = []
         if event is not None and not self._take(event, now, out):
             return out
-        self._look(now, out)
+        self.looks.step(now, out, oriented=self._oriented)
+        self._wake = math.inf
         if self._oriented:
             self._reconcile(now, out)
         return out
 
     def deadline(self) -> float | None:
         """When time alone changes something."""
-        return None if self._wake == math.inf else self._wake
+        wake = min(self._wake, self.looks.wake)
+        return None if wake == math.inf else wake
 
     def check(self) -> None:
         """Every invariant: see those of the parts, and one load per deployment and worker."""
@@ -162,36 +156,30 @@ class Core:
             case RegistryRead():
                 self._registry_read(event, now, out)
             case RegistryUnread():
-                self._registry_asked = False
-                self._missed("registry", event.failure, out)
+                self.looks.registry_unread(event.failure, out)
             case QueuesRead():
-                self._queues_asked = False
-                self._reached("queues", out)
+                self.looks.queues_read(out)
                 self.cluster.put_depths(event.depths, event.asked_at)
             case QueuesUnread():
-                self._queues_asked = False
-                self._missed("queues", event.failure, out)
-                self._ensure_due = min(self._ensure_due, now + self.rules.look_interval_s)
+                self.looks.queues_unread(event.failure, now, out)
             case RecordHinted():
                 self._record_hinted(event, now, out)
             case RecordRead():
                 self._record_read(event, now, out)
             case RecordUnread():
-                self._reading.pop((event.kind, event.id), None)
+                self.looks.dropped(event.kind, event.id)
             case DemandHinted():
                 return self._demand_hinted(event, now)
             case Reconnected():
-                self._registry_due = self._queues_due = self._ensure_due = now
+                self.looks.all_soon(now)
             case QueuesEnsured():
-                self._ensuring = False
+                self.looks.queues_ensured()
             case QueuesUnensured():
-                self._ensuring = False
-                self._missed("queues", event.failure, out)
-                self._ensure_due = now + self.rules.look_interval_s
+                self.looks.queues_unensured(event.failure, now, out)
             case DeployAsked() | DeleteAsked() | MoveAsked() if not self._oriented:
                 out.append(Answer(event.reply, Failure(code=Code.UNAVAILABLE, message="The scheduler is starting.")))
             case DeployAsked():
-                self._troubles.pop(event.spec.name, None)
+                self.health.forgive(event.spec.name)
                 self.deployments.deploy(event, now, out)
             case DeleteAsked():
                 self.deployments.delete(event, now, out)
@@ -241,8 +229,7 @@ class Core:
         return True
 
     def _registry_read(self, event: RegistryRead, now: float, out: list[Action]) -> None:
-        self._registry_asked = False
-        self._reached("registry", out)
+        self.looks.registry_read(out)
         for replica in self.cluster.replace(event.view, event.asked_at, now):
             self._vanished(replica, now, out)
         if self._oriented:
@@ -250,39 +237,28 @@ class Core:
         else:
             self.deployments.restore(event.view, now, out)
             self._oriented = True
-            self._queues_due = self._ensure_due = now
+            self.looks.begin(now)
             out.append(Oriented())
-        self._cured(now, out)
 
     def _record_hinted(self, event: RecordHinted, now: float, out: list[Action]) -> None:
         if event.kind not in FOLLOWED:
             return
-        key = (event.kind, event.id)
         if event.deleted:
-            self._reading.pop(key, None)
+            self.looks.dropped(event.kind, event.id)
             self._gone(event.kind, event.id, now, out)
-        elif key in self._reading:
-            self._reading[key] = True  # it changed again while it was being read
         else:
-            self._reading[key] = False
-            out.append(ReadRecord(event.kind, event.id))
+            self.looks.hinted(event, out)
 
     def _record_read(self, event: RecordRead, now: float, out: list[Action]) -> None:
-        key = (event.kind, event.id)
-        again = self._reading.pop(key, None)
-        if again is None:
-            return  # it was deleted while it was being read: what was read is older than that
-        if again:
-            self._reading[key] = False
-            out.append(ReadRecord(event.kind, event.id))
+        if not self.looks.record_read(event.kind, event.id, out):
+            return
         if event.record is None:
             self._gone(event.kind, event.id, now, out)
             return
         self.cluster.touched(event.kind, event.id, now)
         self.cluster.put(event.record, now)
-        self._cured(now, out)
         if isinstance(event.record, ReplicaRecord) and event.record.running == 0 and self._wanting_since:
-            self._read_queues_soon(now)  # somebody waits, and perhaps nobody needs this one any more
+            self.looks.queues_soon(now)  # somebody waits, and perhaps nobody needs this one any more
 
     def _gone(self, kind: str, id: str, now: float, out: list[Action]) -> None:
         self.cluster.touched(kind, id, now)
@@ -305,12 +281,12 @@ class Core:
         have = len(cluster.serving(name)) + len(cluster.coming(name))
         if have < record.spec.max_replicas:
             # One replica may not be enough for all that is being asked; the queues know.
-            self._read_queues_soon(now + self.rules.quick_look_s)
-            self._wake = min(self._wake, self._queues_due)
+            self.looks.queues_soon(now + self.rules.quick_look_s)
         if have >= 1:
             return False
         if serves(record):
             self._wanting_since.setdefault(name, min(event.at, now))
+            cluster.touch(name)
         return True
 
     def _replica_broke(self, event: ReplicaBroke, now: float, out: list[Action]) -> None:
@@ -318,7 +294,7 @@ class Core:
         load = cluster.loads.pop(event.replica_id, None)
         cluster.touched("replica", event.replica_id, now)
         replica = cluster.remove_replica(event.replica_id, now)
-        suspect = self._suspects.pop(event.replica_id, None)
+        suspect = self.health.said(event.replica_id)
         record = cluster.deployments.get(event.deployment)
         revision = load.revision if load else replica.revision if replica else None
         asked = self.placing.gone(event.replica_id)
@@ -331,7 +307,7 @@ class Core:
     def _move_over(self, event: MoveOver, now: float, out: list[Action]) -> None:
         """Requests have left a replica, or have not: somebody may wait for its place."""
         if event.move.reason is MigrationReason.PLACEMENT and self._wanting_since:
-            self._read_queues_soon(now)
+            self.looks.queues_soon(now)
 
     def _stop_refused(self, event: StopRefused, now: float, out: list[Action]) -> None:
         id = event.replica_id
@@ -342,142 +318,37 @@ class Core:
         self.placing.refused(id, now + self.rules.stop_retry_s)
         if event.failure.code is Code.BUSY:
             self.cluster.busy(id, now)
-        for name, room in sorted(self.cluster.rooms.items()):
-            if id in room.victims:
-                del self.cluster.rooms[name]
+        for name in sorted(name for name, room in self.cluster.rooms.items() if id in room.victims):
+            del self.cluster.rooms[name]
 
     def _vanished(self, replica: ReplicaRecord, now: float, out: list[Action]) -> None:
-        """A replica is gone. One that went while it was loading, unasked, has failed, even if nobody said so."""
-        id = replica.replica_id
-        asked = self.placing.gone(id)
-        suspect = self._suspects.get(id)
-        if suspect is not None:
-            suspect.due = now + self.rules.word_s
-        elif replica.state is ReplicaState.LOADING and not asked:
-            # If its worker died of it, that counts too, or one bad model would end worker after worker.
-            self._suspect(replica, now, loading=True)
-
-    def _suspect(self, replica: ReplicaRecord, now: float, *, loading: bool) -> None:
-        deployment = self.cluster.deployments.get(replica.deployment)
-        worker = self.cluster.workers.get(replica.worker_id)
-        drained = worker is not None and worker.phase is not Phase.READY
-        if deployment is not None and deployment.revision == replica.revision and not drained:
-            self._suspects[replica.replica_id] = Suspect(
-                replica.deployment, replica.server_id, now + self.rules.word_s, loading
-            )
-
-    def _cured(self, now: float, out: list[Action]) -> None:
-        """A ready replica ends its deployment's trouble, and tells the facts of a lazy one's checkpoint."""
-        for _, replica in sorted(self.cluster.replicas.items()):
-            record = self.cluster.deployments.get(replica.deployment)
-            if record is None or replica.state is not ReplicaState.READY or replica.revision != record.revision:
-                continue
-            trouble = self._troubles.get(replica.deployment)
-            if trouble is not None and self.cluster.ready_at.get(replica.replica_id, now) > trouble.failed_at:
-                del self._troubles[replica.deployment]
-                self.deployments.set_failure(replica.deployment, None)
-            if record.checkpoint is None:
-                self.deployments.learn(replica.deployment, replica.server_id, now, out)
+        """A replica is gone."""
+        self.health.vanished(replica, now, asked=self.placing.gone(replica.replica_id))
 
     def _blame(
         self, replica_id: str, name: str, server_id: str, failure: Failure, now: float, out: list[Action]
     ) -> None:
-        """A load failed: remember where and how. Several signs of one failure count once."""
-        record = self.cluster.deployments.get(name)
-        if record is None:
-            return
-        rules = self.rules
-        if replica_id in self._blamed:
-            return
-        self.moves.load_failed(replica_id, failure)
-        self._blamed[replica_id] = now + rules.forget_s
-        trouble = self._troubles.setdefault(name, Trouble(failure))
-        trouble.failed(
-            server_id,
-            failure,
-            now,
-            servers=policy.able_servers(self.cluster.need(record), self.cluster),
-            most_failures=rules.most_failures,
-            first_s=rules.first_backoff_s,
-            most_s=rules.most_backoff_s,
-        )
-        self.counts.failures += 1
-        facts: dict[str, Fact] = {
-            "deployment": name,
-            "replica_id": replica_id,
-            "server_id": server_id,
-            "code": failure.code.value,
-            "reason": failure.message,
-            "failures": trouble.failures,
-            "retry_in_s": round(max(0.0, trouble.until - now), 3),
-        }
-        out.append(Note("replica.failed", facts))
-        self._announce(name, trouble, now, out)
-
-    def _announce(self, name: str, trouble: Trouble, now: float, out: list[Action]) -> None:
-        """Requests of a hopeless deployment get an error instead of waiting, unless some replica answers them."""
-        if not trouble.hopeless or any(one.state is ReplicaState.READY for one in self.cluster.serving(name)):
-            return
-        wait_s = round(max(0.0, trouble.until - now), 3)
-        self.deployments.set_failure(name, msgspec.structs.replace(trouble.failure, retry_after_s=wait_s))
-        facts: dict[str, Fact] = {"deployment": name, "code": trouble.failure.code.value, "for_s": wait_s}
-        out.append(Note("deployment.suspended", facts))
-
-    def _missed(self, what: str, failure: Failure, out: list[Action]) -> None:
-        if what not in self._unreachable:
-            out.append(Note("look.failed", {"what": what, "reason": failure.message}))
-        self._unreachable[what] = failure.message
-
-    def _reached(self, what: str, out: list[Action]) -> None:
-        if self._unreachable.pop(what, None) is not None:
-            out.append(Note("look.recovered", {"what": what}))
-
-    # -- looks ---------------------------------------------------------------------------------------------------
-
-    def _read_queues_soon(self, at: float) -> None:
-        """Have the queues read at `at`, but not more often than every `quick_look_s`."""
-        self._queues_due = min(self._queues_due, max(at, self._queues_asked_at + self.rules.quick_look_s))
-
-    def _look(self, now: float, out: list[Action]) -> None:
-        rules = self.rules
-        if self._registry_due <= now and not self._registry_asked:
-            self._registry_asked, self._registry_due = True, now + rules.look_interval_s
-            out.append(ReadRegistry(now))
-        self._wake = math.inf if self._registry_asked else self._registry_due
-        if not self._oriented:
-            return
-        if self._queues_due <= now and not self._queues_asked:
-            self._queues_asked, self._queues_asked_at = True, now
-            self._queues_due = now + rules.look_interval_s
-            out.append(ReadQueues(now))
-        if self._ensure_due <= now and not self._ensuring:
-            self._ensuring, self._ensure_due = True, now + rules.queues_interval_s
-            out.append(EnsureQueues(tuple(record.slug for _, record in sorted(self.cluster.deployments.items()))))
-        if not self._queues_asked:
-            self._wake = min(self._wake, self._queues_due)
-        if not self._ensuring:
-            self._wake = min(self._wake, self._ensure_due)
+        """A load failed."""
+        if self.health.blame(replica_id, name, server_id, failure, now, out):
+            self.moves.load_failed(replica_id, failure)
 
     # -- what is wanted against what is there -------------------------------------------------------------------------
 
     def _reconcile(self, now: float, out: list[Action]) -> None:
         self.placing.wake = math.inf
         self._expire(now, out)
-        self._stop_strays(now, out)
         for over in self.moves.step(now, out):
             self._take(over, now, out)
-        self._stop_superfluous(now, out)
-        self._want(now, out)
+        for name in self._due(now):
+            self._review(name, now, out)
         self._serve(now, out)
         # Last: what was decided above may have changed records that are to be written.
-        self._wake = min(self._wake, self.deployments.settle(now, out))
-        self._wake = min(self._wake, self.placing.wake, self.moves.wake)
-        for load in self.cluster.loads.values():
-            self._wake = min(self._wake, load.expires_at)
-        for stop in self.cluster.stops.values():
-            self._wake = min(self._wake, stop.expires_at)
-        for room in self.cluster.rooms.values():
-            self._wake = min(self._wake, room.expires_at)
+        settled = self.deployments.settle(now, out)
+        review = self._reviews[0][0] if self._reviews else math.inf
+        self._wake = min(
+            self._wake, settled, review, self.placing.wake, self.moves.wake, self.health.wake,
+            self.cluster.next_expiry(),
+        )  # fmt: skip
 
     def _expire(self, now: float, out: list[Action]) -> None:
         loads, stops, _ = self.cluster.expire(now)
@@ -486,116 +357,135 @@ class Core:
         for load in loads:
             failure = Failure(code=Code.WORKER_LOST, message="The worker never showed the replica.")
             self._blame(load.replica_id, load.deployment, load.server_id, failure, now, out)
-        self._watch_suspects(now, out)
-        self._blamed = {id: until for id, until in self._blamed.items() if until > now}
+        for id, suspect in self.health.watch(now, out):
+            failure = Failure(code=Code.WORKER_LOST, message="The replica went away while it was loading.")
+            self._blame(id, suspect.deployment, suspect.server_id, failure, now, out)
         self.placing.expire(now)
-        for name in [name for name in self._deferred if name not in self.cluster.deployments]:
-            del self._deferred[name]
 
-    def _watch_suspects(self, now: float, out: list[Action]) -> None:
-        for id, replica in sorted(self.cluster.replicas.items()):
-            leaving = replica.state is ReplicaState.DRAINING and id not in self._suspects
-            if leaving and not self.placing.asked(id):
-                self._suspect(replica, now, loading=id not in self.cluster.ready_at)
-        for id, suspect in sorted(self._suspects.items()):
-            shown = self.cluster.replicas.get(id)
-            worker = self.cluster.workers.get(shown.worker_id) if shown is not None else None
-            if worker is not None and worker.phase is not Phase.READY:
-                del self._suspects[id]  # its worker drains: that is why it leaves
-            elif suspect.due > now:
-                self._wake = min(self._wake, suspect.due)
-            elif id not in self.cluster.replicas:
-                del self._suspects[id]
-                if suspect.loading:
-                    failure = Failure(code=Code.WORKER_LOST, message="The replica went away while it was loading.")
-                    self._blame(id, suspect.deployment, suspect.server_id, failure, now, out)
+    def _review_at(self, name: str, at: float) -> None:
+        """Look at this deployment at that moment, if not before."""
+        if at < self._review_due.get(name, math.inf):
+            self._review_due[name] = at
+            heapq.heappush(self._reviews, (at, name))
 
-    def _stop_strays(self, now: float, out: list[Action]) -> None:
+    def _due(self, now: float) -> list[str]:
+        """Deployments of which something has changed, or whose time has come, by name."""
+        names = dict.fromkeys(self.cluster.take_touched())
+        while self._reviews and (self._reviews[0][0] <= now or self._stale(*self._reviews[0])):
+            at, name = heapq.heappop(self._reviews)
+            if not self._stale(at, name):
+                del self._review_due[name]
+                names[name] = None
+        return sorted(names)
+
+    def _stale(self, at: float, name: str) -> bool:
+        return self._review_due.get(name) != at
+
+    def _review(self, name: str, now: float, out: list[Action]) -> None:
+        """What one deployment has against what it should have: who leaves, and whether more are wanted."""
+        record = self.cluster.deployments.get(name)
+        self.health.review(name, now, out)
+        self._stop_strays(name, record, now, out)
+        if record is None:
+            self._content(name)
+            return
+        if serves(record):
+            self._stop_superfluous(name, now, out)
+            self._learn(name, record, now, out)
+        if self._missing(name) > 0:
+            self._wanting_since.setdefault(name, now)
+        else:
+            self._content(name)
+        self._mind_idle(name, now)
+
+    def _content(self, name: str) -> None:
+        """It wants nothing."""
+        self._wanting_since.pop(name, None)
+        self._deferred.pop(name, None)
+        self.cluster.rooms.pop(name, None)
+
+    def _stop_strays(self, name: str, record: DeploymentRecord | None, now: float, out: list[Action]) -> None:
         """Replicas of no deployment, or of one that is being deleted, end at once; those of an old revision finish."""
-        for id, replica in sorted(self.cluster.replicas.items()):
-            if id in self.cluster.stops:
+        for replica in self.cluster.replicas_of(name):
+            if replica.replica_id in self.cluster.stops:
                 continue
-            record = self.cluster.deployments.get(replica.deployment)
             if record is None or record.state is DeploymentState.DELETING:
                 self.placing.stop(replica, "deleted", now, out, abort=True)
             elif replica.revision != record.revision:
                 self.placing.stop(replica, "revision", now, out, drain=True)
 
-    def _stop_superfluous(self, now: float, out: list[Action]) -> None:
-        for name, record in sorted(self.cluster.deployments.items()):
-            if not serves(record):
-                continue
-            for replica in autoscale.superfluous(self.cluster, name, now):
-                self.placing.stop(replica, "keep_alive", now, out)
-            at = autoscale.next_superfluous_at(self.cluster, name, now)
-            if at is not None and at > now:
-                self._wake = min(self._wake, at)
+    def _stop_superfluous(self, name: str, now: float, out: list[Action]) -> None:
+        for replica in autoscale.superfluous(self.cluster, name, now):
+            self.placing.stop(replica, "keep_alive", now, out)
+        at = autoscale.next_superfluous_at(self.cluster, name, now)
+        if at is not None:
+            self._review_at(name, max(at, now + LATER_S))
 
-    def _want(self, now: float, out: list[Action]) -> None:
-        """Since when each deployment has been wanting replicas; those in trouble wait their time out."""
-        for name, record in sorted(self.cluster.deployments.items()):
-            trouble = self._troubles.get(name)
-            if trouble is not None:
-                self._rest(name, trouble, now, out)
-            elif record.failure is not None:
-                # Left by an earlier scheduler, which took the reasons with it: start afresh.
-                self.deployments.set_failure(name, None)
-            if self._missing(name) > 0:
-                self._wanting_since.setdefault(name, now)
-            else:
-                self._wanting_since.pop(name, None)
-                self._deferred.pop(name, None)
-                self.cluster.rooms.pop(name, None)
-        for name in [name for name in self._wanting_since if name not in self.cluster.deployments]:
-            del self._wanting_since[name]
-            self.cluster.rooms.pop(name, None)
-        for name in [name for name in self._troubles if name not in self.cluster.deployments]:
-            del self._troubles[name]
+    def _learn(self, name: str, record: DeploymentRecord, now: float, out: list[Action]) -> None:
+        """A ready replica tells the facts of a lazy deployment's checkpoint."""
+        if record.checkpoint is None:
+            for replica in self.cluster.replicas_of(name):
+                if replica.state is ReplicaState.READY and replica.revision == record.revision:
+                    self.deployments.learn(name, replica.server_id, now, out)
 
-    def _rest(self, name: str, trouble: Trouble, now: float, out: list[Action]) -> None:
-        if trouble.until > now:
-            self._wake = min(self._wake, trouble.until)
-            return
-        if trouble.hopeless:
-            self.deployments.set_failure(name, None)
-            trouble.rest()
-            out.append(Note("deployment.resumed", {"deployment": name}))
-        able = policy.able_servers(self.cluster.need(self.cluster.deployments[name]), self.cluster)
-        ago_s = now - trouble.failed_at
-        if all(one in trouble.avoid for one in able) or ago_s >= self.rules.most_backoff_s:
-            trouble.rest()
-        elif ago_s >= self.rules.first_backoff_s:
-            trouble.forgive()
-        else:
-            self._wake = min(self._wake, trouble.failed_at + self.rules.first_backoff_s)
-        if now - trouble.until >= self.rules.forget_s:
-            del self._troubles[name]
+    def _mind_idle(self, name: str, now: float) -> None:
+        """Who may be evicted makes room for others; a replica that is too young for that will not always be."""
+        for replica in self.cluster.replicas_of(name):
+            self.cluster.mark_workers(replica)
+            grown_at = self.cluster.ready_at.get(replica.replica_id, -math.inf) + self.rules.min_ready_s
+            if grown_at > now:
+                self._review_at(name, grown_at)
+            if autoscale.evictable(self.cluster, replica, now, min_ready_s=self.rules.min_ready_s):
+                self.cluster.releases += 1
 
     def _missing(self, name: str) -> int:
         """Replicas that a deployment lacks."""
-        record = self.cluster.deployments[name]
-        if not serves(record):
+        record = self.cluster.deployments.get(name)
+        if record is None or not serves(record):
             return 0
         wanted = autoscale.wanted_replicas(self.cluster, name)
         return wanted - len(self.cluster.serving(name)) - len(self.cluster.coming(name))
 
     def _serve(self, now: float, out: list[Action]) -> None:
         """Place what is missing, whoever has waited longest first."""
-        suspended = frozenset(one.deployment for one in self._suspects.values() if one.due > now)
-        for name in sorted(self._wanting_since, key=lambda one: (self._wanting_since[one], one)):
-            trouble = self._troubles.get(name)
-            if name in suspended or (trouble is not None and trouble.until > now):
+        if not self._wanting_since:
+            return
+        suspended = self.health.suspended(now)
+        tries = 0
+        for rank, name in enumerate(self._order()):
+            if name in suspended or self.health.resting(name, now):
+                continue
+            if tries >= MOST_TRIES:
+                self._wake = min(self._wake, now + LATER_S)
+                break
+            if not self._try_now(name, rank, now):
                 continue
             for _ in range(self._missing(name)):
                 if not self._place(name, now, out):
+                    tries += 1
                     break
+
+    def _order(self) -> list[str]:
+        """Who wants replicas, whoever has waited longest first."""
+        return sorted(self._wanting_since, key=lambda one: (self._wanting_since[one], one))
+
+    def _try_now(self, name: str, rank: int, now: float) -> bool:
+        """Whether something may have made room since this deployment was deferred. The first in turn know at once."""
+        deferred = self._deferred.get(name)
+        if deferred is None:
+            return True
+        changed = deferred.releases != self.cluster.releases
+        due = deferred.again_at if changed else deferred.latest_at
+        if due <= now or (changed and rank < MOST_TRIES // 2):
+            return True
+        self._wake = min(self._wake, due)
+        return False
 
     def _place(self, name: str, now: float, out: list[Action]) -> bool:
         """Decide about one replica; whether it was placed."""
         record = self.cluster.deployments[name]
-        trouble = self._troubles.get(name)
         decision = self.placing.place(
-            record, self._wanting_since.get(name, now), now, out, avoid=trouble.avoid if trouble is not None else {}
+            record, self._wanting_since.get(name, now), now, out, avoid=self.health.avoided(name)
         )
         match decision.outcome:
             case Outcome.PLACE:
@@ -604,8 +494,8 @@ class Core:
             case Outcome.EVICT:
                 pass
             case Outcome.IMPOSSIBLE:
-                self._despair(name, self.cluster.need(record), now, out)
-                self._defer(decision, now, out)
+                patient_until = self._despair(name, now, out)
+                self._defer(decision, now, out, latest_at=patient_until)
             case Outcome.WAIT:
                 if name not in self.cluster.rooms:
                     self._defer(decision, now, out)
@@ -613,18 +503,19 @@ class Core:
                 assert_never(decision.outcome)
         return False
 
-    def _defer(self, decision: Decision, now: float, out: list[Action]) -> None:
-        """Nothing can be done now: say so once, and come back when a young replica may be evicted."""
+    def _defer(self, decision: Decision, now: float, out: list[Action], *, latest_at: float = math.inf) -> None:
+        """Nothing can be done now: say so once, and try again when something may have made room."""
         name, reasons = decision.deployment, decision.reasons()
         # What is short may change with every byte; the log wants to know when the kind of the reason changes.
         kinds = decision.outcome.value + "".join(one.refused.split(" ")[0] for one in decision.candidates)
-        changed = self._deferred.get(name) != kinds
+        known = self._deferred.get(name)
+        changed = known is None or known.kinds != kinds
+        latest_at = min(latest_at, now + self.rules.look_interval_s)
+        self._deferred[name] = Deferral(kinds, self.cluster.releases, now + RETRY_S, latest_at)
+        self._wake = min(self._wake, latest_at)
         # Perhaps somebody is idle by now, which the queues know first.
-        self._read_queues_soon(now if changed else self._queues_asked_at + 0.25 * self.rules.look_interval_s)
-        if not self._queues_asked:
-            self._wake = min(self._wake, self._queues_due)
         if changed:
-            self._deferred[name] = kinds
+            self.looks.queues_soon(now)
             self.counts.deferrals += 1
             self.decisions.append(decision)
             facts: dict[str, Fact] = {
@@ -634,21 +525,16 @@ class Core:
                 "reasons": reasons,
             }
             out.append(Note("placement.deferred", facts))
-        for at in self.cluster.ready_at.values():
-            due = at + self.rules.min_ready_s
-            if due > now:
-                self._wake = min(self._wake, due)
+        else:
+            self.looks.queues_again()
 
-    def _despair(self, name: str, need: Need, now: float, out: list[Action]) -> None:
-        """No server is large enough, even empty: after a while its requests fail instead of waiting for one that is."""
+    def _despair(self, name: str, now: float, out: list[Action]) -> float:
+        """No server is large enough, even empty: after a while its requests fail instead of waiting for one that is.
+
+        Returns how long they wait for one.
+        """
         due = self._wanting_since.get(name, now) + self.rules.patience_s
         if due > now:
-            self._wake = min(self._wake, due)
-            return
-        other = Failure(code=Code.NO_CAPACITY, message="No server is large enough.")
-        failure = policy.too_large(need, self.cluster) or other
-        trouble = self._troubles.setdefault(name, Trouble(failure))
-        trouble.failure, trouble.hopeless = failure, True
-        trouble.until = now + self.rules.most_backoff_s
-        self._wake = min(self._wake, trouble.until)
-        self._announce(name, trouble, now, out)
+            return due
+        self.health.despair(name, self.cluster.need(self.cluster.deployments[name]), now, out)
+        return math.inf

@@ -132,6 +132,7 @@ class Deployments:
         self._removing: dict[str, DeploymentRecord] = {}
         self._removals: dict[str, DeploymentRecord] = {}  # those of `_removing` that are under way
         self._retry_at: dict[str, float] = {}
+        self._unsettled: dict[str, None] = {}  # what may have to be written, or tried again
         self._waiting: dict[str, list[Answerable]] = {}
         self._when_gone: dict[str, list[Answer]] = {}
         self._outcomes: dict[str, tuple[DeploymentSpec, Failure | None, float]] = {}  # None: it went well
@@ -296,11 +297,13 @@ class Deployments:
             ):
                 out.append(Note("record.lost", {"deployment": name}))
                 del self._written[name]
+                self._unsettled[name] = None
         self._gone_at = {name: at for name, at in self._gone_at.items() if at >= asked_at}
 
     def written(self, event: DeploymentWritten, now: float, out: list[Action]) -> None:
         """The registry holds what was sent; answer those who waited for it."""
         name = event.deployment
+        self._unsettled[name] = None
         self._retry_at.pop(name, None)
         self._gone_at[name] = now  # looks that were begun before know less
         if event.record is None:
@@ -324,6 +327,7 @@ class Deployments:
         self._writing.pop(event.deployment, None)
         self._removals.pop(event.deployment, None)
         self._retry_at[event.deployment] = now + 0.5
+        self._unsettled[event.deployment] = None
 
     # -- for the core -------------------------------------------------------------------------------------------------
 
@@ -360,8 +364,12 @@ class Deployments:
         for name in sorted(self._outcomes):
             if self._outcomes[name][2] <= now and name not in self._waiting:
                 del self._outcomes[name]
-        for name in sorted({*self._records, *self._removing}):
-            wake = min(wake, self._write(name, now, out))
+        self._unsettled.update(dict.fromkeys(self._cluster.take_written()))
+        for name in sorted({*self._unsettled, *self._removing}):
+            due = self._write(name, now, out)
+            if due == math.inf:
+                self._unsettled.pop(name, None)
+            wake = min(wake, due)
         return wake
 
     def unsettled(self) -> int:
@@ -543,7 +551,9 @@ class Deployments:
                 self._removals[name] = self._removing[name]
                 out.append(RemoveDeployment(self._removing[name]))
             return math.inf
-        record = self._records[name]
+        record = self._records.get(name)
+        if record is None:
+            return math.inf
         if self._written.get(name) != record:
             self._writing[name] = record
             out.append(WriteDeployment(record))

@@ -59,8 +59,9 @@ def destinations(
     those that are `short` of KV memory themselves are none.
     """
     found: list[Destination] = []
-    for id, replica in sorted(cluster.replicas.items()):
-        if replica.deployment != source.deployment or replica.worker_id == source.worker_id:
+    for replica in cluster.replicas_of(source.deployment):
+        id = replica.replica_id
+        if replica.worker_id == source.worker_id:
             continue
         if at not in ("", replica.worker_id):
             continue

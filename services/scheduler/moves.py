@@ -21,7 +21,8 @@ from collections.abc import Mapping
 from typing import Final, assert_never
 
 from services.scheduler.autoscale import Trouble
-from services.scheduler.cluster import Cluster, owner_of, serves
+from services.scheduler.books import owner_of
+from services.scheduler.cluster import Cluster, serves
 from services.scheduler.destinations import FULL, LOADING, Destination, destinations, texts
 from services.scheduler.events import (
     Action,

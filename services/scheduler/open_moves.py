@@ -131,14 +131,11 @@ def promised(moves: Iterable[OpenMove], landed: Iterable[str], cluster: Cluster)
                 counts[leg.replica_id] = counts.get(leg.replica_id, 0) + leg.slots
     for id in landed:
         counts[id] = counts.get(id, 0) + 1
-    places = {
-        (one.worker_id, one.deployment): id for id, one in cluster.replicas.items() if one.state is ReplicaState.READY
-    }
-    for worker in cluster.workers.values():
-        for one in worker.migrations:
-            place = places.get((one.destination_worker_id, one.deployment))
-            if place is not None:
-                coming.setdefault(place, set()).add(one.request_id)
+    for worker_id in cluster.migrating_workers:
+        for one in cluster.workers[worker_id].migrations:
+            for replica in cluster.replicas_on(one.destination_worker_id):
+                if replica.deployment == one.deployment and replica.state is ReplicaState.READY:
+                    coming.setdefault(replica.replica_id, set()).add(one.request_id)
     for id, requests in coming.items():
         counts[id] = counts.get(id, 0) + len(requests)
     return counts

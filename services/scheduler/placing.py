@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from services.scheduler import autoscale, policy
-from services.scheduler.cluster import Cluster, Need, PendingLoad, PendingStop, Room, owner_of
+from services.scheduler.books import Room, owner_of
+from services.scheduler.cluster import Cluster, Need, PendingLoad, PendingStop
 from services.scheduler.events import Action, CommandLoad, CommandStop, Decided, Note
 from services.scheduler.policy import Decision, Outcome
 from services.scheduler.rules import Rules
@@ -206,7 +207,7 @@ class Placing:
         self.counts.evictions += sum(asked)
         cluster.rooms[owner] = Room(
             deployment=need.deployment,
-            worker_id=worker.worker_id,
+            worker_ids=(worker.worker_id,),
             server_id=worker.server_id,
             key=need.key,
             memory_bytes=cluster.memory_bytes(need, worker),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from services.scheduler.autoscale import Victim
-from services.scheduler.cluster import Cluster, Need, Occupancy
+from services.scheduler.cluster import Cluster, Need
 from shared.contracts.records import Phase, ServerRecord, WorkerRecord
 from shared.errors import Code, Failure
 from shared.sizes import size
@@ -113,7 +113,7 @@ def decide(
     but one.
     """
     owner = owner or need.deployment
-    sums = cluster.occupancy(but_for=owner)
+    sums = owner
     present = frozenset(one.worker_id for one in cluster.serving(need.deployment)) | frozenset(
         one.worker_id for one in cluster.coming(need.deployment)
     )
@@ -177,7 +177,7 @@ def too_large(need: Need, cluster: Cluster) -> Failure | None:
 
 def able_servers(need: Need, cluster: Cluster) -> list[str]:
     """Servers with a ready worker that could hold a replica of this model if everything else left, by id."""
-    empty = Occupancy()
+    empty = None
     able = {
         worker.server_id: None
         for worker in cluster.ready_workers()
@@ -189,14 +189,14 @@ def able_servers(need: Need, cluster: Cluster) -> list[str]:
 def _candidate(
     need: Need,
     cluster: Cluster,
-    sums: Occupancy,
+    sums: str | None,
     worker: WorkerRecord,
     present: frozenset[str],
     now: float,
     avoid: Mapping[str, Failure],
 ) -> Candidate:
     server = cluster.servers.get(worker.server_id)
-    free = worker.memory_total_bytes - sums.memory_bytes.get(worker.worker_id, 0)
+    free = worker.memory_total_bytes - cluster.used_bytes(worker.worker_id, but_for=sums or "")
     coming = sum(1 for load in cluster.loads.values() if load.server_id == worker.server_id)
     refused, never = _refusal(need, cluster, sums, worker, present, now, avoid)
     return Candidate(
@@ -204,7 +204,7 @@ def _candidate(
         server_id=worker.server_id,
         tier=tier_of(server, need) if server is not None else "remote",
         loads=max(coming, server.loads if server is not None else 0),
-        replicas=sums.replicas.get(worker.worker_id, 0),
+        replicas=cluster.replica_count(worker.worker_id, but_for=sums or ""),
         free_bytes=free,
         refused=refused,
         never=never,
@@ -216,7 +216,7 @@ def _candidate(
 def _refusal(
     need: Need,
     cluster: Cluster,
-    sums: Occupancy,
+    sums: str | None,
     worker: WorkerRecord,
     present: frozenset[str],
     now: float,
@@ -246,14 +246,16 @@ def _refusal(
         return "has a replica of it already", False
     if worker.server_id in avoid:
         return f"it failed there: {avoid[worker.server_id].message}", False
-    if sums.replicas.get(id, 0) >= worker.max_replicas:
+    if sums is None:
+        return "", False
+    if cluster.replica_count(id, but_for=sums) >= worker.max_replicas:
         return f"has its {count(worker.max_replicas, 'replica')}", False
-    free = worker.memory_total_bytes - sums.memory_bytes.get(id, 0)
+    free = worker.memory_total_bytes - cluster.used_bytes(id, but_for=sums)
     if memory > free:
         return f"memory is {size(memory - free)} short", False
-    if not sums.holds(worker.server_id, need.key):
+    if not cluster.holds(worker.server_id, need.key, but_for=sums):
         leased = max(0, cluster.leased_bytes(server, now) - freed_bytes)
-        pool = server.dram_capacity_bytes - max(leased, sums.pool_bytes(worker.server_id))
+        pool = server.dram_capacity_bytes - max(leased, cluster.books.pool_bytes(worker.server_id, but_for=sums))
         weight = cluster.held_bytes(worker.server_id, need.key, need.weight_bytes)
         if weight > pool:
             return f"the DRAM pool is {size(weight - pool)} short", False
@@ -276,12 +278,14 @@ def _make_room(
     near = [one for one in idle if one.server_id == worker.server_id and one.worker_id != worker.worker_id]
 
     def without(chosen: Sequence[Victim]) -> str:
-        sums = cluster.occupancy(but_for=owner)
-        before = sums.pool_bytes(worker.server_id)
-        for one in chosen:
-            sums.add(cluster.occupant(one.replica_id), -1)
-        freed = before - sums.pool_bytes(worker.server_id)
-        return _refusal(need, cluster, sums, worker, present, now, avoid, freed_bytes=freed)[0]
+        before = cluster.books.pool_bytes(worker.server_id, but_for=owner)
+        gone = [cluster.books.drop(one.replica_id) for one in chosen]
+        freed = before - cluster.books.pool_bytes(worker.server_id, but_for=owner)
+        told = _refusal(need, cluster, owner, worker, present, now, avoid, freed_bytes=freed)[0]
+        for occupant in gone:
+            if occupant is not None:
+                cluster.books.put(occupant)
+        return told
 
     chosen: list[Victim] = []
     for one in own + near:

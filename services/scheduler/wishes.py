@@ -53,11 +53,10 @@ class Wishes:
     def drains(self, moving: frozenset[str]) -> list[tuple[Move, ReplicaRecord]]:
         """Moves for replicas that are to be emptied and are not in `moving`."""
         found: list[tuple[Move, ReplicaRecord]] = []
-        if all(worker.phase is not Phase.DRAINING for worker in self._cluster.workers.values()):
-            return found
-        for id, replica in sorted(self._cluster.replicas.items()):
-            if id not in moving and replica.running > 0 and self.draining(replica):
-                found.append((self._move("drain", replica, 0, MigrationReason.DRAIN), replica))
+        for worker_id in self._cluster.draining_workers:
+            for replica in self._cluster.replicas_on(worker_id):
+                if replica.replica_id not in moving and replica.running > 0 and self.draining(replica):
+                    found.append((self._move("drain", replica, 0, MigrationReason.DRAIN), replica))
         return found
 
     def relieved(self, message: Relief, now: float) -> ReplicaRecord | None:
@@ -104,11 +103,7 @@ class Wishes:
         floors = {name: count for name, (count, _) in self._extra.items()}
         for name in drained:
             record = cluster.deployments[name]
-            running = sum(
-                one.running
-                for one in cluster.replicas.values()
-                if one.deployment == name and one.revision == record.revision
-            )
+            running = sum(one.running for one in cluster.replicas_of(name) if one.revision == record.revision)
             floors[name] = max(floors.get(name, 0), 1, -(-running // record.spec.target_concurrency))
         return {name: min(count, cluster.deployments[name].spec.max_replicas) for name, count in floors.items()}
 

@@ -62,9 +62,8 @@ def test_replicas_of_one_server_share_their_checkpoint_in_the_pool() -> None:
     for id in ("a0", "a1"):
         cluster.put(picture.worker(id), 1.0)
         cluster.put(picture.replica(f"m-{id}", record, id, memory=20), 1.0)
-    sums = cluster.occupancy()
-    assert sums.pool_bytes("a") == 300 * MIB
-    assert sums.memory_bytes == {"a0": 20 * MIB, "a1": 20 * MIB}
+    assert cluster.pool_used_bytes("a", 1.0) == 300 * MIB
+    assert [cluster.used_bytes(id) for id in ("a0", "a1")] == [20 * MIB, 20 * MIB]
 
 
 def test_a_gpu_replica_frees_the_pool_once_it_is_ready() -> None:
@@ -73,9 +72,9 @@ def test_a_gpu_replica_frees_the_pool_once_it_is_ready() -> None:
     cluster.deployments["m"] = record
     cluster.put(picture.worker("a0", device="cuda:0"), 1.0)
     cluster.put(picture.replica("m1", record, state=ReplicaState.LOADING), 1.0)
-    assert (cluster.occupancy().pool_bytes("a"), cluster.occupancy().memory_bytes["a0"]) == (300 * MIB, 320 * MIB)
+    assert (cluster.pool_used_bytes("a", 2.0), cluster.used_bytes("a0")) == (300 * MIB, 320 * MIB)
     cluster.put(picture.replica("m1", record, memory=321), 2.0)
-    assert (cluster.occupancy().pool_bytes("a"), cluster.occupancy().memory_bytes["a0"]) == (0, 321 * MIB)
+    assert (cluster.pool_used_bytes("a", 2.0), cluster.used_bytes("a0")) == (0, 321 * MIB)
 
 
 def test_what_a_replica_gave_back_counts_as_free_before_the_store_says_so() -> None:

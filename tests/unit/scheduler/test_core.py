@@ -273,7 +273,7 @@ def test_failures_back_off_and_end_in_an_error_and_later_service() -> None:
     desk.wait(0.2)
     assert desk.deployments["m"].failure is None
     desk.loaded()
-    assert "m" not in desk.core._troubles
+    assert "m" not in desk.core.health.troubles
 
 
 def test_a_model_that_cannot_be_served_ends_the_waiting_as_soon_as_every_server_has_said_so() -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from services.scheduler import autoscale, policy
-from services.scheduler.cluster import Cluster, PendingLoad, PendingStop, Room
+from services.scheduler.books import Room
+from services.scheduler.cluster import Cluster, PendingLoad, PendingStop
 from shared.contracts.records import Phase, ReplicaState
 from shared.errors import Code, Failure
 from tests.unit.scheduler import picture
@@ -110,7 +111,7 @@ def decide(text: str) -> str:
                     )
                 else:
                     victims = tuple(given["victims"].split(","))
-                    cluster.rooms[name] = Room(name, on.worker_id, on.server_id, *held, victims, NOW + 10)
+                    cluster.rooms[name] = Room(name, (on.worker_id,), on.server_id, *held, victims, NOW + 10)
             case "avoid":
                 avoid[id] = Failure(code=Code.CHECKPOINT_CORRUPT, message=" ".join(words))
             case "decide":
