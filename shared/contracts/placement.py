@@ -120,7 +120,7 @@ class Leading(msgspec.Struct, frozen=True, kw_only=True, tag="leading"):
 
 
 class Explain(msgspec.Struct, frozen=True, kw_only=True, tag="explain", omit_defaults=True):
-    """Why was it decided so? The last `limit` (≤ 64) decisions about a deployment, or about one of its replicas."""
+    """Why was it decided so? The last `limit` (≤ 64) decisions about a deployment, or a replica ("": about any)."""
 
     deployment: str = ""
     replica_id: str = ""
@@ -151,7 +151,8 @@ class DecisionView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     """One decision. `ago_s` is its age in seconds; `outcome` is "place", "evict", "move", "wait" or "impossible".
 
     `candidates` has the chosen one first and then the best; `more` were not looked at or are not shown. `actual` is
-    what it really took (None: it is not ready yet, or never was), `failure` how it went wrong.
+    what it really took (None: it is not ready yet, or never was), `failure` how it went wrong. The same decision to
+    wait, taken `times` times in a row, is shown once: since when, and as it was seen last.
     """
 
     decision_id: str
@@ -166,6 +167,7 @@ class DecisionView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     actual_s: float | None = None
     decide_ms: float = 0.0
     failure: Failure | None = None
+    times: int = 1
 
 
 class Explanation(msgspec.Struct, frozen=True, kw_only=True, tag="explanation", omit_defaults=True):
