@@ -94,8 +94,9 @@ class ReplicaLoaded(msgspec.Struct, frozen=True, kw_only=True, tag="replica_load
 
     `tier` is where the load found the checkpoint ("dram", "ssd", "peer", "remote"). `wait_s` is the time in the store's
     queue before the first of its bytes moved, `move_s` that until the last had arrived (0 from DRAM), of `moved_bytes`;
-    `attach_s` what the worker did besides (skeleton, copies to the device, engine), without waiting for bytes;
-    `total_s` from the command to ready.
+    `attach_s` what the worker did after that (skeleton, copies to the device, engine), so that the three make up
+    `total_s`, from the command to ready. `work_s` is all of the worker's work: also what it did while bytes were on
+    their way. `device` is the worker's ("cpu", "cuda:N").
     """
 
     replica_id: str
@@ -110,6 +111,8 @@ class ReplicaLoaded(msgspec.Struct, frozen=True, kw_only=True, tag="replica_load
     move_s: float = 0.0
     moved_bytes: int = 0
     attach_s: float = 0.0
+    work_s: float = 0.0
+    device: str = ""
 
 
 class Leading(msgspec.Struct, frozen=True, kw_only=True, tag="leading"):
