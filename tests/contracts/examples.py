@@ -318,7 +318,7 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
         wait_s=0.5,
         move_s=1.0,
         moved_bytes=1000,
-        attach_s=0.5,
+        attach_s=0.25,
         work_s=0.75,
         device="cpu",
     ),
