@@ -7,7 +7,6 @@ from services.scheduler.terms import Candidate, Decision, Outcome, Relocation, R
 from shared.contracts.placement import DecisionView, Explain, Parts, ReplicaLoaded
 from shared.errors import Code, Failure
 
-
 NO_ROOM = RoomPlan()
 
 
