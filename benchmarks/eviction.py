@@ -2,7 +2,7 @@
 
     python -m benchmarks.eviction [--seeds 5] [--keep-alive-s 60] [--quick]
 
-The trace is Azure Functions 2019 (`benchmarks/data`): 100 functions, calls per minute. Function k is model k; the calls
+The trace is Azure Functions 2019 (`simulator/data`): 100 functions, calls per minute. Function k is model k; the calls
 of a minute are spread evenly at random in it; sizes are those of common models in bfloat16 (1 to 60 GB), drawn by
 seed. A call of a model whose last call is less than a keep-alive ago finds a running replica; any other one is a
 *start*, which acquires the checkpoint: from DRAM at no cost, from the SSD in bytes ÷ bandwidth, from its source first
@@ -20,21 +20,19 @@ not in theory.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import random
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Final, Protocol
 
 from benchmarks.plots import lines
 from benchmarks.report import percentile, show, write
 from services.store.eviction import HALF_LIFE_S, Candidate, Uses, choose_victims
+from simulator.workload.files import minute_counts
 
-TRACE: Final = Path(__file__).parent / "data" / "azure_functions_2019_100.csv"
 GB: Final = 10**9
 DAY_S: Final = 86400.0
 # Billions of bytes in bfloat16 of models that people serve, and how often one is drawn: 0.5B … 30B parameters.
@@ -54,10 +52,8 @@ class Model:
 
 def counts() -> list[list[int]]:
     """Calls per function and minute."""
-    with TRACE.open(newline="") as file:
-        rows = csv.reader(file)
-        next(rows)
-        return [[int(cell) for cell in row[3:]] for row in rows]
+    found: list[list[int]] = minute_counts().tolist()
+    return found
 
 
 def starts(table: Sequence[Sequence[int]], keep_alive_s: float, seed: int) -> list[tuple[float, int]]:

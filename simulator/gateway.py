@@ -139,8 +139,9 @@ class ModelGateway:
                 clients.fail(call_id, failure)
             case g.CancelWork(worker_id=worker_id, cancel=cancel):
                 here.publish(CANCEL, cancel, worker_id=worker_id)
-            case g.Hint(deployment=deployment):
-                here.publish(DEMAND, Demand(deployment=deployment))
+            case g.Hint(deployment=deployment, waiting=waiting, oldest_s=oldest_s):
+                hint = Demand(deployment=deployment, gateway_id=self.id, waiting=waiting, oldest_s=oldest_s)
+                here.publish(DEMAND, hint)
             case g.TellTrial(slug=slug, request_id=request_id, on=on, guilty=guilty):
                 trial = Trial(gateway_id=self.id, slug=slug, request_id=request_id, on=on, guilty=guilty)
                 here.publish(TRIAL, trial, gateway_id=self.id)

@@ -28,6 +28,7 @@ from typing import Final, assert_never
 
 import msgspec
 
+from services.gateway.demand import Demands
 from services.gateway.events import (
     Account,
     Action,
@@ -112,6 +113,7 @@ class Config:
     request waits for its next claim until its message is looked for, at first; `reclaim_most_s` at most; `queued_s` and
     `queued_most_s` the same for one that is in the queue, where waiting is the normal thing.
     `patience_s`: how long a stream that has begun and lost its owner outlives a passing failure of its deployment.
+    `demand_s`: how often the scheduler is told of requests that run nowhere; `demand_over_s`: how soon that none does.
     """
 
     max_deliveries: int = 5
@@ -131,6 +133,8 @@ class Config:
     inform_s: float = 0.2
     progress_fresh_s: float = 2.0
     hint_s: float = 0.01
+    demand_s: float = 1.0
+    demand_over_s: float = 0.05
 
 
 class _Timer(enum.Enum):
@@ -140,6 +144,7 @@ class _Timer(enum.Enum):
     HINT = 3
     PUBLISH = 4
     LOOK = 5
+    DEMAND = 6
 
 
 _Alarm = tuple[float, int, _Timer, str]
@@ -159,6 +164,7 @@ class GatewayCore:
         self._waiting = Waiting(inform_s=config.inform_s, fresh_s=config.progress_fresh_s)
         self._hinted: dict[str, float] = {}
         self._hint_owed: dict[str, str] = {}
+        self._demands = Demands(repeat_s=config.demand_s, clear_s=config.demand_over_s)
         self._watch = Watch(check_s=config.check_s, lost_after_s=config.lost_after_s, quiet_s=config.quiet_s)
         self._suspects = Suspects(most=config.max_deliveries, proof_s=config.proof_s)
         self._reminders = Reminders(config.remind_s)
@@ -264,6 +270,8 @@ class GatewayCore:
                 assert self._watch.owners[live.worker_id].open[request_id] is live, "an owner that nobody watches"
         assert sum(len(owner.open) for owner in self._watch.owners.values()) == streaming
         self._watch.check()
+        nowhere = [id for id, live in self._live.items() if live.state is not State.STREAMING]
+        assert sorted(self._demands.waiting()) == sorted(nowhere), "the scheduler is told of others than wait"
         assert all(request_id in self._live for request_id in self._suspects.known()), "a suspect that has ended"
         for call in self._waiting.calls():
             assert self._calls[call.call_id] is call
@@ -297,6 +305,7 @@ class GatewayCore:
             live = Live(call=call, choice=choice, request=request)
             call.open[request.request_id] = live
             self._live[request.request_id] = live
+            self._runs_nowhere(live, now)
             out.append(Publish(call.slug, request, 0))
         self._admitted += count
         self._open_by_slug[call.slug] = open_now + count
@@ -340,10 +349,27 @@ class GatewayCore:
             if len(self._hinted) > 4096:
                 self._hinted.clear()
             self._hinted[call.slug] = now
-            out.append(Hint(call.deployment))
+            self._tell_demand(call.slug, now, out)
         elif call.slug not in self._hint_owed:
             self._hint_owed[call.slug] = call.deployment
             self._arm(last + self._config.hint_s, _Timer.HINT, call.slug)
+
+    def _runs_nowhere(self, live: Live, now: float) -> None:
+        self._arm_demand(self._demands.add(live, now), live.call.slug)
+
+    def _runs(self, live: Live, now: float) -> None:
+        """Or it is over."""
+        self._arm_demand(self._demands.remove(live, now), live.call.slug)
+
+    def _arm_demand(self, at: float | None, slug: str) -> None:
+        if at is not None:
+            self._arm(at, _Timer.DEMAND, slug)
+
+    def _tell_demand(self, slug: str, now: float, out: list[Action]) -> None:
+        hint = self._demands.tell(slug, now)
+        if hint is not None:
+            out.append(hint)
+            self._arm_demand(self._demands.due_at(slug), slug)
 
     # -- owners -------------------------------------------------------------------------------------------------------
 
@@ -378,6 +404,7 @@ class GatewayCore:
                 live.lost_at = now
             self._leave_owner(live, now)
             grant(live, claim, kind, now)
+            self._runs(live, now)
             owner = self._watch.add(live, now)
             if owner is not None:
                 self._arm(owner.check_at, _Timer.CHECK, owner.worker_id)
@@ -399,6 +426,7 @@ class GatewayCore:
         if live.state is State.STREAMING:
             self._watch.remove(live)
             live.state = State.INTERRUPTED
+            self._runs_nowhere(live, now)
 
     def _holds(self, holds: Holds, now: float, out: list[Action]) -> Unwanted:
         self._watch.alive(holds.worker_id)
@@ -672,7 +700,7 @@ class GatewayCore:
             return
         call = live.call
         if end.failure is not None and end.failure.code not in _OWNERS_BUSINESS:
-            self._forget(live)
+            self._forget(live, now)
             self._unqueue_returned(live, out)
             out.append(account(live, end.failure.code.value, end.failure, end, now))
             self._fail_call(call, end.failure, now, out)
@@ -688,7 +716,7 @@ class GatewayCore:
             return
         self._resumed(live, now, out)
         end = msgspec.structs.replace(end, ledger=with_owners(live, end.ledger))
-        self._forget(live)
+        self._forget(live, now)
         self._unqueue_returned(live, out)
         out.append(Conclude(call.call_id, live.choice, end))
         out.append(account(live, reason.value, None, end, now))
@@ -714,6 +742,8 @@ class GatewayCore:
                 return key in self._calls
             case _Timer.HINT:
                 return key in self._hint_owed
+            case _Timer.DEMAND:
+                return self._demands.due_at(key) == at
             case _Timer.CHECK:
                 owner = self._watch.owners.get(key)
                 return owner is not None and owner.check_at == at and not self._bus_away
@@ -740,7 +770,10 @@ class GatewayCore:
                     self._fail_call(call, overdue(now - call.admitted_at), now, out)
                 case _Timer.HINT:
                     self._hinted[key] = now
-                    out.append(Hint(self._hint_owed.pop(key)))
+                    del self._hint_owed[key]
+                    self._tell_demand(key, now, out)
+                case _Timer.DEMAND:
+                    self._tell_demand(key, now, out)
                 case _Timer.CHECK:
                     self._look_at(self._watch.owners[key], now, out)
                 case _Timer.RECLAIM:
@@ -763,7 +796,7 @@ class GatewayCore:
 
     def _end_call(self, call: Call, failure: Failure, now: float, out: list[Action]) -> None:
         for live in list(call.open.values()):
-            self._forget(live)
+            self._forget(live, now)
             self._release(live, now, out)
             out.append(account(live, failure.code.value, failure, None, now))
         self._close(call)
@@ -779,8 +812,9 @@ class GatewayCore:
         out.append(CancelWork(live.worker_id, Cancel(request_id=live.request_id, epoch=live.epoch)))
         self._reminders.told(live.request_id, live.epoch, now)
 
-    def _forget(self, live: Live) -> None:
+    def _forget(self, live: Live, now: float) -> None:
         call = live.call
+        self._runs(live, now)
         del call.open[live.request_id]
         del self._live[live.request_id]
         if live.state is State.STREAMING:

@@ -271,9 +271,11 @@ class CancelWork:
 
 @dataclass(frozen=True, slots=True)
 class Hint:
-    """Tell the scheduler that requests of this deployment wait."""
+    """Tell the scheduler that `waiting` requests of this deployment run nowhere, the oldest for `oldest_s` seconds."""
 
     deployment: str
+    waiting: int
+    oldest_s: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -342,8 +342,10 @@ class Gateway:
                 me = self.gateway_id
                 trial = Trial(gateway_id=me, slug=slug, request_id=request_id, on=on, guilty=guilty)
                 self.bus.publish(TRIAL, trial, gateway_id=me)
-            case Hint(deployment=deployment):
-                self.bus.publish(DEMAND, Demand(deployment=deployment))
+            case Hint(deployment=deployment, waiting=waiting, oldest_s=oldest_s):
+                me = self.gateway_id
+                hint = Demand(deployment=deployment, gateway_id=me, waiting=waiting, oldest_s=oldest_s)
+                self.bus.publish(DEMAND, hint)
             case OwnerLost():
                 self._lost(action)
             case Resumed():

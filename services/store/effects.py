@@ -141,7 +141,13 @@ class Effects:
         except HearthError as error:
             return e.ImportFailed(action.source, error.failure)
         return e.ImportPlanned(
-            action.source, look.revision, look.image_bytes, look.peak_bytes, look.checkpoint_id, look.arrived_bytes
+            action.source,
+            look.revision,
+            look.image_bytes,
+            look.peak_bytes,
+            look.checkpoint_id,
+            look.arrived_bytes,
+            from_peers=bool(peers) and look.checkpoint_id == action.checkpoint_id,
         )
 
     async def _import(self, action: e.RunImport) -> e.Event:

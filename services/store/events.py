@@ -195,6 +195,7 @@ class ImportPlanned:
 
     `image_bytes` is what the image needs at most. `checkpoint_id` is known before the bytes are there only for a
     checkpoint in Hearth's form (a source or a peer that has it); `arrived_bytes` of it are in the SSD tier already.
+    `from_peers`: there is a peer that has it.
     """
 
     source: Source
@@ -203,6 +204,7 @@ class ImportPlanned:
     peak_bytes: int
     checkpoint_id: str = ""
     arrived_bytes: int = 0
+    from_peers: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,7 @@ class ImportJob(Work):
 
     `extents` and `tag` are its chunks of the pool, if it has any; `copy` is what arrives there, once that is known.
     `partial` is what an earlier run has left, whose bytes are part of `reserved_bytes` while this one runs.
+    `from_peers`: another store has it. `looked_at` is when the source was asked what it is.
     """
 
     source: Source
@@ -63,6 +64,8 @@ class ImportJob(Work):
     removals: int = 0
     tag: int = 0
     copy: Copy | None = None
+    from_peers: bool = False
+    looked_at: float = 0.0
 
 
 class Imports:
@@ -87,7 +90,7 @@ class Imports:
             )
             self._tiers.out.touch()
         if not is_import(want):
-            want.found = "remote"
+            want.found = "peer" if job.from_peers else "remote"
         self._loads.join(want, job)
         if job.copy is not None and want.checkpoint_id in ("", job.copy.id):
             want.checkpoint_id = job.copy.id
@@ -130,7 +133,7 @@ class Imports:
         for job in self._in_state(QUEUED):
             if sum(other.priority <= job.priority for other in self._in_state(PLANNING)) >= PLANS_LIMIT:
                 break
-            job.state = PLANNING
+            job.state, job.looked_at = PLANNING, self._tiers.out.now
             wanted = (want.checkpoint_id for want in job.wants.values() if want.checkpoint_id)
             self._tiers.out.add(PlanImport(job.source, next(wanted, "")))
 
@@ -158,6 +161,7 @@ class Imports:
         job.state = PLANNED
         job.image_bytes = job.total_bytes = event.image_bytes
         job.peak_bytes, job.arrived_bytes = event.peak_bytes, event.arrived_bytes
+        job.prepared_s, job.from_peers = self._tiers.out.now - job.looked_at, event.from_peers
         # Better to hear it now than after the import.
         if event.image_bytes > self._tiers.pool_bytes:
             for want in list(job.wants.values()):
@@ -188,6 +192,10 @@ class Imports:
         job.state, job.started_at = RUNNING, tiers.out.now
         job.removals = ssd.removal_count
         job.done_bytes = job.arrived_bytes
+        for want in job.wants.values():
+            want.there_bytes = job.arrived_bytes
+            if job.from_peers and want.found == "remote":
+                want.found = "peer"
         if job.checkpoint_id in ssd.partial:
             job.partial = ssd.take(ssd.partial, job.checkpoint_id).stored
         job.reserved_bytes = max(job.peak_bytes, job.partial.stored_bytes if job.partial is not None else 0)
@@ -276,8 +284,7 @@ class Imports:
         for want in job.wants.values():
             want.import_s = event.seconds
             want.remote_bytes = event.remote_bytes + event.peer_bytes
-            if event.peer_bytes > event.remote_bytes:
-                want.found = "peer"
+            want.found = "peer" if event.peer_bytes > event.remote_bytes else "remote"
         facts: Facts = {
             "checkpoint_id": id,
             "architecture": stored.checkpoint.architecture,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from services.store.events import StoredCheckpoint
+from collections.abc import Iterable
+
+from services.store.events import PRIORITY_USER, StoredCheckpoint
 from services.store.eviction import keep_value
 from services.store.holdings import OnSsd
 from services.store.imports import RUNNING, Imports
@@ -53,6 +55,8 @@ class Report:
             quarantined={id: on.stored.quarantined for id, on in ssd.quarantined.items() if id not in ssd.whole},
             segment=tiers.segment,
             peer_url=self._peer_url,
+            ssd_queue=self._ssd_queue(),
+            import_queue=self._import_queue(),
         )
 
     @property
@@ -124,6 +128,25 @@ class Report:
                 arriving[job.checkpoint_id] = job.done_bytes
         return arriving
 
+    def _ssd_queue(self) -> dict[str, int]:
+        """What is read from the SSD for users, in order: whole images and those that stream through windows."""
+        loads = self._loads
+        works = [load for load in loads.running() if load.priority == PRIORITY_USER]
+        waiting = sorted(
+            (load for load in loads.queued() if load.priority == PRIORITY_USER), key=lambda load: load.rank
+        )
+        streams = [stream for stream in self._tiers.dram.streams.values() if stream.running]
+        left = [(load.on.stored.id, load.left_bytes) for load in works]
+        left += [(stream.stored.id, max(0, stream.stored.image_bytes - stream.done_bytes)) for stream in streams]
+        left += [(load.on.stored.id, load.left_bytes) for load in waiting]
+        return _sums(left)
+
+    def _import_queue(self) -> dict[str, int]:
+        """What is brought here for users, in order."""
+        jobs = [job for job in self._imports.jobs.values() if job.priority == PRIORITY_USER]
+        jobs.sort(key=lambda job: (job.state != RUNNING, job.rank))
+        return _sums([(job.checkpoint_id or job.job, job.left_bytes) for job in jobs])
+
     def _queue(self) -> tuple[int, float | None]:
         """Bytes that loads and imports have yet to move, and the seconds that this takes (None: unknown)."""
         speeds, ahead, seconds = self._tiers.speeds, 0, 0.0
@@ -140,3 +163,10 @@ class Report:
             known &= own_s is not None or (speeds.imported is not None and job.total_bytes > 0)
             seconds += speeds.import_s(left) if own_s is None else own_s
         return ahead, seconds if known else None
+
+
+def _sums(left: Iterable[tuple[str, int]]) -> dict[str, int]:
+    sums: dict[str, int] = {}
+    for id, bytes_left in left:
+        sums[id] = sums.get(id, 0) + bytes_left
+    return sums

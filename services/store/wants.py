@@ -32,7 +32,8 @@ class Wants:
         """A new want, which its caller has to give some work."""
         if len(self.open) >= WAITERS_LIMIT:
             return Failure(code=Code.QUEUE_FULL, message="Too many calls wait here.")
-        want = self.open[key] = Want(key=key, message=message, source=source, checkpoint_id=checkpoint_id)
+        now = self._tiers.out.now
+        want = self.open[key] = Want(key=key, message=message, source=source, checkpoint_id=checkpoint_id, asked_at=now)
         return want
 
     def wait(self, want: Want, message: Wish, reply: ReplyHandle) -> None:
@@ -49,7 +50,10 @@ class Wants:
     def attach(self, want: Want, work: Work) -> None:
         """This work is to bring it."""
         if want.work is not None:
+            want.begun_at = _begun_at(want)
             want.work.wants.pop(want.key, None)
+        elif work.begun:
+            want.there_bytes = work.done_bytes
         want.work = work
         work.wants[want.key] = want
         if want.label:
@@ -134,6 +138,7 @@ class Wants:
                 "read_s": want.read_s,
                 "remote_bytes": want.remote_bytes,
                 "ssd_bytes": stored.image_bytes if want.found == "ssd" or want.read_s else 0,
+                **_times(want, stored.image_bytes, tiers.out.now),
             }
         lease = Lease(
             lease_id=tiers.leases.new_id(),
@@ -226,6 +231,24 @@ class Wants:
             assert want.work is None or want.work.wants.get(key) is want, "a want waits for work that does not know it"
             assert want.outcome is None or not want.waiters, "a want that is over keeps its caller waiting"
             assert self._look_at <= self._next(want), "a caller is not answered in time"
+
+
+def _begun_at(want: Want) -> float | None:
+    """When bytes of it first moved, or its source was looked at for that; None: not yet."""
+    if want.begun_at is not None or want.work is None or want.work.started_at is None:
+        return want.begun_at
+    return max(want.asked_at, want.work.started_at - want.work.prepared_s)
+
+
+def _times(want: Want, image_bytes: int, now: float) -> dict[str, Any]:
+    """What the lease says about how its bytes come."""
+    begun_at = _begun_at(want)
+    begun_at = now if begun_at is None else begun_at
+    return {
+        "wait_s": begun_at - want.asked_at,
+        "moved_s": now - begun_at,
+        "moved_bytes": max(0, image_bytes - want.there_bytes),
+    }
 
 
 def bounded_wait(wait_s: float) -> float:

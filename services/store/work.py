@@ -28,13 +28,15 @@ class Want:
     """Equal calls that have not had their result yet. Either `work` brings it, or it is the `outcome`.
 
     Several callers may wait with equal messages (two replicas of one deployment in one worker). A want without waiters
-    is between two polls until `lapses_at`. `found` is the tier where an acquire found its checkpoint.
+    is between two polls until `lapses_at`. `found` is the tier where an acquire found its checkpoint. Of its bytes
+    `there_bytes` were there when it was asked for (`asked_at`); `begun_at` is when the first of its works moved any.
     """
 
     key: WantKey
     message: Wish
     source: Source
     checkpoint_id: str = ""
+    asked_at: float = 0.0
     lapses_at: float = 0.0
     waiters: list[Waiter] = field(default_factory=list)
     work: Work | None = None
@@ -43,6 +45,8 @@ class Want:
     import_s: float = 0.0
     remote_bytes: int = 0
     read_s: float = 0.0
+    begun_at: float | None = None
+    there_bytes: int = 0
 
     @property
     def priority(self) -> int:
@@ -73,7 +77,10 @@ class Want:
 
 @dataclass(slots=True, eq=False)
 class Work:
-    """A piece of work, queued or under way: who wants it and how far it is. `number` is the order of arrival."""
+    """A piece of work, queued or under way: who wants it and how far it is. `number` is the order of arrival.
+
+    `prepared_s` of its own went before its first byte: a look at the source.
+    """
 
     job: str
     number: int
@@ -82,6 +89,7 @@ class Work:
     total_bytes: int = 0
     done_bytes: int = 0
     started_at: float | None = None
+    prepared_s: float = 0.0
     labels: dict[str, None] = field(default_factory=dict)
     wants: dict[WantKey, Want] = field(default_factory=dict)
     published_at: float = -1e9
@@ -95,6 +103,11 @@ class Work:
     def begun(self) -> bool:
         """Whether bytes move."""
         return self.started_at is not None
+
+    @property
+    def left_bytes(self) -> int:
+        """What it has yet to move, as far as known."""
+        return max(0, self.total_bytes - self.done_bytes)
 
     def progress(self, now: float, chunk_bytes: int) -> Progress:
         """How far it is; an estimate only from this work's own bytes, and only from enough of them."""

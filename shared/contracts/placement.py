@@ -94,8 +94,9 @@ class ReplicaLoaded(msgspec.Struct, frozen=True, kw_only=True, tag="replica_load
 
     `tier` is where the load found the checkpoint ("dram", "ssd", "peer", "remote"). `wait_s` is the time in the store's
     queue before the first of its bytes moved, `move_s` that until the last had arrived (0 from DRAM), of `moved_bytes`;
-    `attach_s` what the worker did besides (skeleton, copies to the device, engine), without waiting for bytes;
-    `total_s` from the command to ready.
+    `attach_s` what the worker did after that (skeleton, copies to the device, engine), so that the three make up
+    `total_s`, from the command to ready. `work_s` is all of the worker's work: also what it did while bytes were on
+    their way. `device` is the worker's ("cpu", "cuda:N").
     """
 
     replica_id: str
@@ -110,6 +111,8 @@ class ReplicaLoaded(msgspec.Struct, frozen=True, kw_only=True, tag="replica_load
     move_s: float = 0.0
     moved_bytes: int = 0
     attach_s: float = 0.0
+    work_s: float = 0.0
+    device: str = ""
 
 
 class Leading(msgspec.Struct, frozen=True, kw_only=True, tag="leading"):
@@ -120,7 +123,7 @@ class Leading(msgspec.Struct, frozen=True, kw_only=True, tag="leading"):
 
 
 class Explain(msgspec.Struct, frozen=True, kw_only=True, tag="explain", omit_defaults=True):
-    """Why was it decided so? The last `limit` (≤ 64) decisions about a deployment, or about one of its replicas."""
+    """Why was it decided so? The last `limit` (≤ 64) decisions about a deployment, or a replica ("": about any)."""
 
     deployment: str = ""
     replica_id: str = ""
@@ -151,7 +154,8 @@ class DecisionView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     """One decision. `ago_s` is its age in seconds; `outcome` is "place", "evict", "move", "wait" or "impossible".
 
     `candidates` has the chosen one first and then the best; `more` were not looked at or are not shown. `actual` is
-    what it really took (None: it is not ready yet, or never was), `failure` how it went wrong.
+    what it really took (None: it is not ready yet, or never was), `failure` how it went wrong. The same decision to
+    wait, taken `times` times in a row, is shown once: since when, and as it was seen last.
     """
 
     decision_id: str
@@ -166,6 +170,7 @@ class DecisionView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     actual_s: float | None = None
     decide_ms: float = 0.0
     failure: Failure | None = None
+    times: int = 1
 
 
 class Explanation(msgspec.Struct, frozen=True, kw_only=True, tag="explanation", omit_defaults=True):

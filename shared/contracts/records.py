@@ -94,6 +94,10 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True, tag="server_record
     `dram_arriving` and `ssd_arriving` map a checkpoint on its way to the bytes of it that have arrived. `pinned` maps
     to the tier, `quarantined` to the reason. `segment` is the pool's path, for workers to map ahead of need; `peer_url`
     where other stores fetch chunks ("": nowhere). `labels` are the operator's, for deployments to choose by.
+
+    `ssd_queue` and `import_queue` are the loads that users wait for: checkpoint id (of an import "import-N" while it is
+    unknown) → bytes that have yet to be read from the SSD, or to be brought here. Those of one queue are carried out
+    one after another, in this order.
     """
 
     server_id: str
@@ -122,6 +126,8 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True, tag="server_record
     segment: str = ""
     peer_url: str = ""
     labels: dict[str, str] = {}
+    ssd_queue: dict[str, int] = {}
+    import_queue: dict[str, int] = {}
 
 
 class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True, tag="worker_record", omit_defaults=True):

@@ -145,6 +145,9 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True, tag="lease", omit_default
     checkpoint's weight files as they lie on disk (manifest offsets count from there). `directory` holds the small files
     (hearth.json, config, tokenizer). The rest is the ledger of this load: where it was found and what it took;
     `tier` is "dram", "ssd", "peer" or "remote". `arrival` is None when all bytes are there.
+
+    `moved_bytes` were not in DRAM when the lease was asked for: they stood in the store's queue for `wait_s` and had
+    been on their way for `moved_s` when the lease was granted, arrived or not.
     """
 
     lease_id: str
@@ -160,6 +163,9 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True, tag="lease", omit_default
     ssd_bytes: int = 0
     dram_bytes: int = 0
     arrival: Arrival | None = None
+    wait_s: float = 0.0
+    moved_s: float = 0.0
+    moved_bytes: int = 0
 
 
 class Consumed(msgspec.Struct, frozen=True, kw_only=True, tag="consumed"):

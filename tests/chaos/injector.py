@@ -17,6 +17,7 @@ from tests.builders.streams import Stream
 from tests.chaos.plan import CUT, DRAIN, END, KILL, MIGRATE, STOP, Fault
 
 TERM_S = 45.0  # a service that is told to end does so within this
+UNDRAIN_S = 60.0  # a worker hears within this that it may take work again, whatever else is away meanwhile
 ASK_S = 2.0  # nobody waits longer for a word of a gateway: the faults have to end in time
 
 
@@ -73,7 +74,9 @@ class Injector:
                 coming = next(self._plan)
             self._look()
             time.sleep(0.05)
-        self._undo_due(float("inf"))
+        while self._undo:
+            self._undo_due(float("inf"))
+            time.sleep(0.05)
         for thread in self._moves:
             thread.join(60)
 
@@ -160,8 +163,10 @@ class Injector:
         self._moves[-1].start()
 
     def _undo_due(self, now: float) -> None:
-        while self._undo and self._undo[0][0] <= now:
-            _, _, happened = heapq.heappop(self._undo)
+        due = [one for one in self._undo if one[0] <= now]
+        self._undo = [one for one in self._undo if one[0] > now]
+        heapq.heapify(self._undo)
+        for _, _, happened in sorted(due):
             fault, name = happened.fault, happened.fault.victim
             match fault.kind:
                 case "kill":
@@ -173,19 +178,24 @@ class Injector:
                 case "end":
                     if self._fleet.running(name):
                         if time.monotonic() < happened.began + TERM_S:
-                            heapq.heappush(
-                                self._undo, (min(now, time.monotonic()) + 0.5, next(self._numbers), happened)
-                            )
-                            if now == float("inf"):
-                                time.sleep(0.5)
+                            self._undo_later(happened)
                             continue
                         self.complaints.append(f"{name} has not ended {TERM_S:.0f} s after it was told to")
                         self._fleet.kill(name)
                     self._fleet.restart(name)
                 case "drain":
-                    self._drain(name, on=False)
+                    status = self._drain(name, on=False)
+                    happened.result = f"{happened.result.split()[0]} {status}"
+                    if status != 200:  # what it takes to be told is away just now
+                        if time.monotonic() < happened.began + fault.lasts_s + UNDRAIN_S:
+                            self._undo_later(happened)
+                            continue
+                        self.complaints.append(f"{name} cannot be told to take work again: {status}")
             happened.undone = time.monotonic()
             del self._busy[name]
+
+    def _undo_later(self, happened: Happened) -> None:
+        heapq.heappush(self._undo, (time.monotonic() + 0.5, next(self._numbers), happened))
 
     def _look(self) -> None:
         for name, process in self._fleet.processes.items():

@@ -22,8 +22,9 @@ MOST_FAILURES = 20  # then it is clear, and the run ends
 
 
 def tails(fleet: Fleet) -> str:
-    """The last words of every process."""
-    parts = [f"--- {name}\n" + "\n".join(fleet.log(name).splitlines()[-TAIL_LINES:]) for name in fleet.services]
+    """The last words of every process, those of NATS and Redis last."""
+    names = sorted(fleet.services, key=lambda name: fleet.services[name][0] in ("nats", "redis"))
+    parts = [f"--- {name}\n" + "\n".join(fleet.log(name).splitlines()[-TAIL_LINES:]) for name in names]
     return "\n".join(parts)
 
 
@@ -84,7 +85,7 @@ def run(
             load.stop()
             report.seconds = time.monotonic() - began
             fleet.mend()
-            until_nothing_remains(fleet, 30)
+            until_nothing_remains(fleet, 120)
         except AssertionError as error:
             report.failures.append(str(error))
         for outcome in load.outcomes:

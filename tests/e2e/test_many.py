@@ -1,4 +1,4 @@
-"""1,000 requests over 20 deployments on 2 workers, cold and warm, a tenth of the clients leaving early."""
+"""Hundreds of requests over more deployments than fit, cold and warm, a tenth of the clients leaving early."""
 
 from __future__ import annotations
 
@@ -13,18 +13,25 @@ from tests.e2e.conftest import Models
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(600)]
 
-REQUESTS, DEPLOYMENTS, CLIENTS = 1000, 20, 32
+CLIENTS = 32
+# On a machine that is busy with other things as well; nobody waits for so long else.
+PATIENCE_S = 120.0
 
 
-async def test_every_request_ends_once_and_nothing_leaks(cluster: Cluster, models: Models) -> None:
-    for number in range(DEPLOYMENTS):
+@pytest.mark.parametrize(
+    ("requests", "deployments"), [(300, 10), pytest.param(1000, 20, marks=pytest.mark.by_hand)], ids=["few", "many"]
+)
+async def test_every_request_ends_once_and_nothing_leaks(
+    cluster: Cluster, models: Models, requests: int, deployments: int
+) -> None:
+    for number in range(deployments):
         cluster.deploy(f"many-{number}", models("llama", seed=number % 4), keep_alive_s=5)
     dice = random.Random(7)
     # Popular and rare models, as in life; the rare ones are cold nearly always.
-    weights = [1 / (rank + 1) for rank in range(DEPLOYMENTS)]
+    weights = [1 / (rank + 1) for rank in range(deployments)]
     plan = [
-        (f"many-{dice.choices(range(DEPLOYMENTS), weights)[0]}", dice.random() < 0.1, dice.randrange(2, 12))
-        for _ in range(REQUESTS)
+        (f"many-{dice.choices(range(deployments), weights)[0]}", dice.random() < 0.1, dice.randrange(2, 12))
+        for _ in range(requests)
     ]
     outcomes: list[str] = []
 
@@ -54,12 +61,12 @@ async def test_every_request_ends_once_and_nothing_leaks(cluster: Cluster, model
         for _ in range(CLIENTS):
             tasks.create_task(client(session))
 
-    assert len(outcomes) == REQUESTS
+    assert len(outcomes) == requests
     assert {outcome for outcome in outcomes if outcome not in ("ended", "left")} == set()
-    assert 20 < outcomes.count("left") < 200
+    assert requests / 50 < outcomes.count("left") < requests / 5
     # Nothing is left: no queue entry, no running request, and after the keep-alive no replica and no lease.
-    await asyncio.to_thread(cluster.until, cluster.idle, "no request is outstanding", 30)
-    for number in range(DEPLOYMENTS):
+    await asyncio.to_thread(cluster.until, cluster.idle, "no request is outstanding", PATIENCE_S)
+    for number in range(deployments):
         status, _ = await asyncio.to_thread(cluster.call, "DELETE", f"/v1/admin/deployments/many-{number}")
         assert status in (200, 204)
 
@@ -69,4 +76,4 @@ async def test_every_request_ends_once_and_nothing_leaks(cluster: Cluster, model
         others = bool(view["replicas"])
         return not mine and (others or all(server["leased_bytes"] == 0 for server in view["servers"]))
 
-    await asyncio.to_thread(cluster.until, clean, "no replica and no lease is left", 30)
+    await asyncio.to_thread(cluster.until, clean, "no replica and no lease is left", PATIENCE_S)

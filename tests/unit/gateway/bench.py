@@ -182,6 +182,11 @@ def only(out: list[c.Action], kind: type[A]) -> list[A]:
     return [action for action in out if isinstance(action, kind)]
 
 
+def unhinted(out: list[c.Action]) -> list[c.Action]:
+    """Without what the scheduler is told."""
+    return [action for action in out if not isinstance(action, c.Hint)]
+
+
 def owned(request_id: str = "a", epoch: int = 1, index: int = 0) -> Owned:
     return Owned(request_id=request_id, epoch=epoch, index=index)
 

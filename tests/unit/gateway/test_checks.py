@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from services.gateway import core as c
 from shared.errors import Code, Failure
-from tests.unit.gateway.bench import CONFIG, UNAVAILABLE, Bench, only, owned, request, requeue, superseded
+from tests.unit.gateway.bench import CONFIG, UNAVAILABLE, Bench, only, owned, request, requeue, superseded, unhinted
 
 
 def test_a_silent_owner_is_asked_about_all_that_is_silent() -> None:
@@ -151,7 +151,7 @@ def test_a_request_that_its_worker_does_not_know_is_lost_alone() -> None:
     assert out == [c.OwnerLost("w1", "denied", 1), c.GiveBack("a.1"), c.FindMessage("a", 17)]
     bench.do(c.MessageFound("a", 17, False))
     bench.do(c.Published("a", 1, 20))
-    assert only(bench.until(3.1), c.Hint) == [c.Hint("m")]
+    assert only(bench.until(3.1), c.Hint)[-1].waiting == 1
 
 
 def test_the_answer_to_a_claim_may_be_on_its_way_for_a_while() -> None:
@@ -226,7 +226,7 @@ def test_a_worker_without_a_token_cannot_be_asked() -> None:
     bench.admit()
     bench.do(c.Published("a", 0, 17))
     bench.claim()
-    assert bench.until(CONFIG.quiet_s - 0.1) == []
+    assert unhinted(bench.until(CONFIG.quiet_s - 0.1)) == []
     out = bench.until(CONFIG.quiet_s)
     assert out == [c.OwnerLost("w1", "silent", 1), c.FindMessage("a", 17)]
 

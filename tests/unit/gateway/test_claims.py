@@ -10,7 +10,7 @@ from services.gateway import core as c
 from services.gateway.ownership import MOST_CLAIM_IDS, Call, Grant, Live, State, judge
 from shared.contracts.requests import Claim, Claimed, Gone
 from shared.errors import Code, Failure
-from tests.unit.gateway.bench import CONFIG, Bench, only, request, superseded
+from tests.unit.gateway.bench import CONFIG, Bench, only, request, superseded, unhinted
 
 W1 = {"state": State.STREAMING, "epoch": 3, "worker_id": "w1", "delivery": 2, "sequence": 17, "claim_ids": {"x": 3}}
 LOST = {**W1, "state": State.INTERRUPTED, "returned": True}
@@ -223,11 +223,11 @@ def test_what_is_given_back_and_lost_on_its_way_is_published_again() -> None:
     bench = Bench()
     bench.begin(tokens=1)
     bench.give_back()
-    out = bench.until(CONFIG.reclaim_s)
+    out = unhinted(bench.until(CONFIG.reclaim_s))
     assert out == [c.FindMessage("a", 17)]
     assert bench.do(c.MessageFound("a", 17, True)) == []
     assert bench.do(c.MessageFound("a", 17, None)) == []
-    out = bench.until(60.0)
+    out = unhinted(bench.until(60.0))
     assert 5 <= len(out) <= 10, "again, but not too often"
     assert set(out) == {c.FindMessage("a", 17)}
     assert bench.do(c.MessageFound("a", 17, False)) == [c.Unqueue(17), c.Publish("m-1", request("a"), 1)]
@@ -238,7 +238,7 @@ def test_who_does_not_hear_that_it_shall_give_back_is_not_waited_for() -> None:
     bench = Bench()
     bench.begin(tokens=1)
     bench.frame(2)
-    out = bench.until(CONFIG.reclaim_s)
+    out = unhinted(bench.until(CONFIG.reclaim_s))
     assert out == [c.GiveBack("a.1"), superseded("w1", 1), c.FindMessage("a", 17)]
 
 
@@ -298,7 +298,7 @@ def test_after_each_loss_the_message_is_looked_for_soon() -> None:
     bench.until(60.0)
     bench.own(worker="w2", delivery=2, sequence=17)
     bench.give_back(epoch=2, worker="w2")
-    assert bench.until(60.0 + CONFIG.reclaim_s) == [c.FindMessage("a", 17)]
+    assert unhinted(bench.until(60.0 + CONFIG.reclaim_s)) == [c.FindMessage("a", 17)]
 
 
 def test_an_owner_that_cannot_be_asked_loses_to_any_later_delivery() -> None:
@@ -326,12 +326,12 @@ def test_a_message_that_the_queue_has_lost_before_anybody_claimed_it_is_publishe
     bench = Bench()
     bench.admit("a")
     bench.do(c.Published("a", 0, 17))
-    out = bench.until(80.0)
+    out = unhinted(bench.until(80.0))
     assert set(out) == {c.FindMessage("a", 17)}
     assert 3 <= len(out) <= 6, "again, but ever more rarely: waiting is the normal thing in a queue"
     assert bench.do(c.MessageFound("a", 17, True)) == []
     assert bench.do(c.MessageFound("a", 17, None)) == []
     assert bench.do(c.MessageFound("a", 17, False)) == [c.Unqueue(17), c.Publish("m-1", request("a"), 1)]
     bench.do(c.Published("a", 1, 18))
-    assert bench.until(80.0 + CONFIG.queued_s) == [c.FindMessage("a", 18)]
+    assert unhinted(bench.until(80.0 + CONFIG.queued_s)) == [c.FindMessage("a", 18)]
     assert bench.own("a", delivery=1, sequence=18) == 1

@@ -12,7 +12,7 @@ from tests.unit.gateway.bench import CONFIG, Bench, only, owned, request, requeu
 def test_the_usual_life() -> None:
     bench = Bench()
     assert only(bench.admit(), c.Publish) == [c.Publish("m-1", request("a"), 0)]
-    assert bench.do(c.Published("a", 0, 17)) == [c.Hint("m")]
+    assert bench.do(c.Published("a", 0, 17)) == [c.Hint("m", 1, 0.0)]
     bench.now = 2.0
     assert bench.claim() == Claimed(epoch=1, budget_s=98.0, waited_s=2.0)
     bench.frame(0)
@@ -23,6 +23,7 @@ def test_the_usual_life() -> None:
     (account,) = bench.accounts
     assert (account.reason, account.failure, account.queue_s, account.ttft_s) == ("stop", None, 2.0, 2.0)
     assert bench.core.open_requests == 0
+    assert bench.until(3.0) == [c.Hint("m", 0, 0.0)]
     assert bench.core.deadline() is None
 
 
@@ -350,4 +351,4 @@ def test_hints_are_few_but_none_is_lost() -> None:
     hints = [only(bench.do(c.Published(name, 0, 1)), c.Hint) for name in "abc"]
     assert [len(found) for found in hints] == [1, 0, 0]
     assert bench.core.deadline() == CONFIG.hint_s
-    assert bench.do(None, CONFIG.hint_s) == [c.Hint("m")]
+    assert bench.do(None, CONFIG.hint_s) == [c.Hint("m", 3, CONFIG.hint_s)]
