@@ -215,7 +215,7 @@ def text_of(found: list[str], choice: int = 0) -> str:
     )
 
 
-async def until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
+async def until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
     """Wait until a condition (plain or a coroutine) holds; fails loudly when it never does."""
     async with asyncio.timeout(seconds):
         while True:
@@ -240,7 +240,7 @@ async def cluster(nats_url: str, redis_url: str, prefix: str, **settings: Any) -
     async with (
         Bus.connect(nats_url, name="test", prefix=prefix) as bus,
         Registry.connect(redis_url, prefix=prefix) as registry,
-        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as http,
+        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as http,
         asyncio.TaskGroup() as tasks,
     ):
         await bus.ensure_stream(file_storage=False)
@@ -260,5 +260,5 @@ async def cluster(nats_url: str, redis_url: str, prefix: str, **settings: Any) -
             yield it
         finally:
             stopping.set()
-            async with asyncio.timeout(15):
+            async with asyncio.timeout(60):
                 await asyncio.wait([gateway])

@@ -297,13 +297,13 @@ async def test_a_client_that_leaves_stops_the_worker(nats_url: str, redis_url: s
         worker = await it.worker(one_word)
         async with it.post("/v1/chat/completions", chat_body(stream=True)) as response:
             assert await anext(lines(response))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             cancel = await worker.cancels.get()
         assert (cancel.request_id, cancel.epoch, cancel.requeue) == (worker.works[0].request.request_id, 1, False)
         waiting = it.tasks.create_task(it.chat())
         await until(lambda: len(worker.works) == 2)
         waiting.cancel()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             cancel = await worker.cancels.get()
         assert cancel.request_id == worker.works[1].request.request_id
 
@@ -434,7 +434,7 @@ async def test_a_spent_budget_is_a_504(nats_url: str, redis_url: str, prefix: st
         worker = await it.worker(never)
         found = await it.stream()
         assert json.loads(found[-1][6:])["error"]["code"] == "deadline_exceeded"
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             assert not (await worker.cancels.get()).requeue
 
 
@@ -597,7 +597,7 @@ async def test_a_client_that_does_not_read_is_dropped_and_holds_nobody_up(
         await writer.drain()
         await until(lambda: worker.works)
         assert (await it.chat(max_tokens=3))[0] == 200, "others are served meanwhile"
-        await until(lambda: not worker.cancels.empty(), 20)
+        await until(lambda: not worker.cancels.empty())
         writer.close()
         await settled(it)
 

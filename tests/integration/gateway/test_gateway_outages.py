@@ -24,7 +24,7 @@ async def test_without_redis_known_models_are_served_and_the_gateway_is_not_read
             await it.worker()
             process.terminate()
             process.wait(10)
-            await until(lambda: _ready(it, 503), 20)
+            await until(lambda: _ready(it, 503))
             assert (await it.chat())[0] == 200
             status, body, _ = await it.chat(model="nobody")
             assert (status, body["error"]["code"]) == (503, "unavailable")
@@ -53,11 +53,11 @@ async def test_a_stream_survives_the_loss_of_nats(redis_url: str, tmp_path: Path
                 first = await anext(found)
                 process.terminate()
                 process.wait(10)
-                await until(lambda: _ready(it, 503), 20)
+                await until(lambda: _ready(it, 503))
                 status, body, _ = await it.chat()
                 assert (status, body["error"]["code"]) == (503, "unavailable")
                 process, _ = start_nats(tmp_path, port=int(nats_url.rsplit(":", 1)[1]))
-                await until(lambda: _ready(it, 200), 20)
+                await until(lambda: _ready(it, 200))
                 go_on.set()
                 rest = [line async for line in found]
             assert text_of([first, *rest]) == "the sun"

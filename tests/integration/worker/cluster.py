@@ -158,7 +158,7 @@ class Gateway:
 
     async def until(self, condition: Callable[[], object]) -> None:
         """Wait until something that was heard makes the condition true."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not condition():
                 self.changed.clear()
                 await self.changed.wait()
@@ -213,7 +213,7 @@ class Operator:
 
     async def until_state(self, replica_id: str, state: ReplicaState | None) -> ReplicaRecord | None:
         """Wait for a state of a replica in the registry; None: gone."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while True:
                 record = await self.registry.get(ReplicaRecord, replica_id)
                 if (record.state if record else None) is state:
@@ -222,7 +222,7 @@ class Operator:
 
     async def until_outstanding(self, count: int) -> None:
         """Wait until the queue holds this many requests."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while await self.outstanding() != count:
                 await asyncio.sleep(0.01)
 
@@ -255,7 +255,7 @@ class Life:
 
     async def stop(self) -> None:
         self._stopping.set()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await self._task
 
     async def crash(self) -> None:
@@ -282,7 +282,7 @@ async def worker(
 
     async with asyncio.TaskGroup() as tasks:
         task = tasks.create_task(run_service("worker", id, settings, serve, stopping))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await ready.wait()
         yield Life(stopping, task)
         stopping.set()

@@ -107,7 +107,7 @@ class Store:
         await self.bus.flush()
 
     async def until(self, condition: Any) -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while not condition():
                 self.changed.clear()
                 await self.changed.wait()
@@ -168,7 +168,7 @@ async def test_a_replica_is_made_while_its_bytes_arrive_and_the_request_says_wha
     async with worker(settings, loader=torch_loader(), leases=FromStore(bus, settings)):
         await operator.ask("q1", max_tokens=3)
         await bus.call(LOAD, load_message(checkpoint_id="c1", max_context_tokens=64), worker_id="w1")
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while (progress := (await told.get()).progress).phase != "reading" or progress.total_bytes == 0:
                 pass
         assert store.asked[0].arriving
@@ -179,7 +179,7 @@ async def test_a_replica_is_made_while_its_bytes_arrive_and_the_request_says_wha
             await asyncio.sleep(0.02)
         end = await gateway.ended("q1")
         assert end.reason is not None
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while (loaded := await events.get()).event != "replica.loaded":
                 pass
         assert loaded.facts["tier"] == "ssd"
@@ -243,7 +243,7 @@ async def test_bytes_that_will_not_come_fail_the_replica(
         await store.until(lambda: store.asked)
         pool.bring(0)
         pool.fail()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             failed = await told.get()
         assert failed.failure.code is Code.CHECKPOINT_UNAVAILABLE
         assert store.released == [store.lease.lease_id]
@@ -263,22 +263,22 @@ async def leased(bus: Bus, model: Path, tmp_path: Path) -> Store:
 async def test_an_engine_stands_still_while_the_store_is_silent_for_longer_than_the_ttl_and_goes_on_after(
     settings: WorkerSettings, operator: Operator, gateway: Gateway, bus: Bus, leased: Store
 ) -> None:
-    settings = msgspec.structs.replace(settings, lease_ttl_s=3.0)
+    settings = msgspec.structs.replace(settings, lease_ttl_s=5.0)  # it stands still for as long, and then gives up
     async with worker(settings, leases=FromStore(bus, settings)):
         await operator.load("w1")
-        await operator.ask("q1", max_tokens=700)
+        await operator.ask("q1", max_tokens=1000)
         await gateway.until(lambda: len(gateway.tokens.get("q1", ())) > 3)
         leased.silent = True
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             heard = -1
             while heard != len(gateway.tokens["q1"]):  # as long as fifty steps without a token
                 heard = len(gateway.tokens["q1"])
                 await asyncio.sleep(0.5)
-        assert heard < 700
+        assert heard < 1000
         leased.silent = False
         end = await gateway.ended("q1")
         assert end.reason is not None
-        assert gateway.text["q1"] == expected(700)
+        assert gateway.text["q1"] == expected(1000)
         assert gateway.workers["q1"] == ["w1"]
 
 
@@ -348,7 +348,7 @@ async def test_the_servers_memory_is_prepared_at_the_start_and_when_it_becomes_a
         bus.publish(RECORD_CHANGED, RecordChanged(kind="server", id="server-1"), kind="server")
 
     async def until(*segments: str) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while loader.prepared != list(segments):
                 await asyncio.sleep(0.01)
 

@@ -63,7 +63,7 @@ class Migrations:
         return len((await self.bus.call(MIGRATE, message, worker_id=source)).request_ids)
 
     async def until(self, count: int) -> list[MigrationEnded]:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while len(self.ended) < count:
                 self._changed.clear()
                 await self._changed.wait()
