@@ -52,30 +52,35 @@ def victims(cluster: Cluster, deployment: str, now: float, *, min_ready_s: float
     requests outstanding that the others could not take.
     """
     found: list[Victim] = []
-    for name, record in sorted(cluster.deployments.items()):
-        if name == deployment:
-            continue
-        replicas = cluster.serving(name)
-        busy = max(desired_replicas_for(record.spec, cluster.outstanding(name)), cluster.floors.get(name, 0))
-        spare = len(replicas) + len(cluster.coming(name)) - busy
-        idle = sorted(
-            (one for one in replicas if evictable(cluster, one, now, min_ready_s=min_ready_s)),
-            key=lambda one: (-cluster.idle_s(one, now), one.replica_id),
-        )
-        left = len(replicas)
-        for replica in idle[: max(0, spare)]:
-            left -= 1
-            found.append(
-                Victim(
-                    replica.replica_id,
-                    name,
-                    replica.worker_id,
-                    replica.server_id,
-                    cluster.idle_s(replica, now),
-                    left < record.spec.min_replicas,
-                )
-            )
+    for name in sorted(cluster.deployments):
+        if name != deployment:
+            found.extend(victims_of(cluster, name, now, min_ready_s=min_ready_s))
     return sorted(found, key=lambda one: (one.below_min, -one.idle_s, one.replica_id))
+
+
+def victims_of(cluster: Cluster, name: str, now: float, *, min_ready_s: float) -> list[Victim]:
+    """The idle replicas of one deployment that may leave for others, idle longest first."""
+    record = cluster.deployments.get(name)
+    if record is None:
+        return []
+    replicas = cluster.serving(name)
+    busy = max(desired_replicas_for(record.spec, cluster.outstanding(name)), cluster.floors.get(name, 0))
+    spare = len(replicas) + len(cluster.coming(name)) - busy
+    idle = sorted(
+        (one for one in replicas if evictable(cluster, one, now, min_ready_s=min_ready_s)),
+        key=lambda one: (-cluster.idle_s(one, now), one.replica_id),
+    )
+    return [
+        Victim(
+            one.replica_id,
+            name,
+            one.worker_id,
+            one.server_id,
+            cluster.idle_s(one, now),
+            len(replicas) - gone < record.spec.min_replicas,
+        )
+        for gone, one in enumerate(idle[: max(0, spare)], start=1)
+    ]
 
 
 def desired_replicas_for(spec: DeploymentSpec, outstanding: int) -> int:

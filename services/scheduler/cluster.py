@@ -46,10 +46,9 @@ class Need:
     devices: int = 1
 
     def memory_bytes(self, device: str, *, streams: bool = False) -> int:
-        """Bytes of each of the `devices`. On the CPU the parameters are views on the DRAM pool and cost nothing
+        """Bytes of the device, or of all of them together. On the CPU the parameters are views on the DRAM pool and cost nothing
         more, unless they only stream through it: then they are memory of the worker's own."""
-        whole = self.kv_bytes if device == "cpu" and not streams else self.weight_bytes + self.kv_bytes
-        return -(-whole // self.devices)
+        return self.kv_bytes if device == "cpu" and not streams else self.weight_bytes + self.kv_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -595,14 +594,14 @@ class Cluster:
         """What one replica needs; while the checkpoint is unknown, the weights that were inspected and no KV cache."""
         facts = record.checkpoint
         if facts is None:
-            return Need(record.spec.name, f"of:{record.spec.name}", record.weight_bytes, 0, record.spec.devices)
+            return Need(record.spec.name, f"of:{record.spec.name}", record.weight_bytes, 0)
         kv_bytes = kv_cache_bytes(
             kv_bytes_per_token=facts.kv_bytes_per_token,
             slots=record.spec.target_concurrency,
             max_context_tokens=context_tokens(facts.max_context_tokens, record.spec.max_context_tokens),
             most_bytes=self.kv_bytes_max,
         )
-        return Need(record.spec.name, facts.checkpoint_id, facts.weight_bytes, kv_bytes, record.spec.devices)
+        return Need(record.spec.name, facts.checkpoint_id, facts.weight_bytes, kv_bytes)
 
     def used_bytes(self, worker_id: str, *, but_for: str = "") -> int:
         """Bytes of a worker that are taken or promised; `but_for` leaves out the room that is made for that owner."""
@@ -641,7 +640,7 @@ class Cluster:
         memory = max(replica.memory_bytes, self._planned_bytes.get(replica.replica_id, 0))
         if memory == 0 and need is not None:
             streams = self.streams(replica.server_id, need.key, need.weight_bytes)
-            memory = need.memory_bytes(device, streams=streams)
+            memory = -(-need.memory_bytes(device, streams=streams) // len(workers_of(replica)))
         weight = self._weight_bytes(replica, need)
         # On the CPU parameters stay views on the pool; elsewhere they are copied and the lease ends with the load.
         if device != "cpu" and replica.state is not ReplicaState.LOADING:
