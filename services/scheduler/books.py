@@ -6,6 +6,7 @@ made. A room holds back what the newcomer needs beyond what its victims, who are
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
@@ -157,6 +158,18 @@ class Books:
         """How many keep this checkpoint in the server's DRAM."""
         shelf = self._shelves.get(server_id)
         return shelf.held.get(key, (0, 0))[0] if shelf else 0
+
+    def freed_bytes(self, server_id: str, ids: Iterable[str]) -> int:
+        """Bytes of the server's DRAM pool that nobody holds any more once all of these have left."""
+        leaving: dict[str, int] = {}
+        for id in ids:
+            one = self.occupants.get(id)
+            if one is not None and one.server_id == server_id and one.weight_bytes > 0:
+                leaving[one.key] = leaving.get(one.key, 0) + 1
+        shelf = self._shelves.get(server_id)
+        if shelf is None:
+            return 0
+        return sum(shelf.held[key][1] for key, count in leaving.items() if count == shelf.held[key][0])
 
     def held(self, server_id: str, but_for: str = "") -> Held:
         """What rooms hold back on a server."""

@@ -46,8 +46,8 @@ class Need:
     devices: int = 1
 
     def memory_bytes(self, device: str, *, streams: bool = False) -> int:
-        """Bytes of the device, or of all of them together. On the CPU the parameters are views on the DRAM pool and cost nothing
-        more, unless they only stream through it: then they are memory of the worker's own."""
+        """Bytes of the device, or of all devices together. On the CPU the parameters are views on the DRAM pool and cost
+        nothing more, unless they only stream through it: then they are memory of the worker's own."""
         return self.kv_bytes if device == "cpu" and not streams else self.weight_bytes + self.kv_bytes
 
 
