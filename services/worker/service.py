@@ -63,6 +63,7 @@ from shared.subjects import (
     RELIEF,
     RENEW,
     REPLICA_FAILED,
+    REPLICA_LOADED,
     ROUND,
     STOP,
 )
@@ -640,6 +641,7 @@ class WorkerShell:
     def _loaded(self, action: e.LoadFinished) -> None:
         LOAD_S.labels(action.tier).observe(action.total_s)
         LOAD_BYTES.labels(action.tier).inc(action.weight_bytes)
+        self._context.bus.publish(REPLICA_LOADED, action.told(self._device.device))
         self._context.event("replica.loaded", **_facts(action))
 
     def _failed(self, action: e.PublishFailed) -> None:
