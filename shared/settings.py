@@ -13,6 +13,9 @@ from typing import Annotated, Any, Final, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 
+from shared.errors import HearthError
+from shared.labels import parse_labels
+
 PREFIX: Final = "HEARTH_"
 S = TypeVar("S", bound="CommonSettings")
 
@@ -135,6 +138,7 @@ class WorkerSettings(CommonSettings, frozen=True, kw_only=True):
 class StoreSettings(CommonSettings, frozen=True, kw_only=True):
     """`hearth store`."""
 
+    labels: Annotated[str, _doc("labels that deployments may choose this worker by, such as gpu=a40,zone=b")] = ""
     server_id: Annotated[Id, _doc("id of this server")] = "server-1"
     store_dir: Annotated[str, _doc("directory of the SSD tier")] = ".hearth/store"
     shm_dir: Annotated[str, _doc("directory of the DRAM pool's shared-memory file (a tmpfs)")] = "/dev/shm"
@@ -184,6 +188,7 @@ class StoreSettings(CommonSettings, frozen=True, kw_only=True):
 SERVICES: Final[dict[str, type[CommonSettings]]] = {
     "gateway": GatewaySettings,
     "scheduler": SchedulerSettings,
+    labels: Annotated[str, _doc("labels that deployments may choose this server by, such as gpu=a40,zone=b")] = ""
     "worker": WorkerSettings,
     "store": StoreSettings,
 }
@@ -249,7 +254,9 @@ def load(kind: type[S], environ: Mapping[str, str] | None = None) -> S:
         try:
             given = parse_size(raw) if field.name.endswith("_bytes") else raw
             values[field.name] = msgspec.convert(given, field.type, strict=False)
-        except (msgspec.ValidationError, SettingsError) as error:
+            if field.name == "labels":
+                parse_labels(raw)
+        except (msgspec.ValidationError, SettingsError, HearthError) as error:
             faults.append(f"{variable(field.name)}={raw!r} is malformed: {error}")
     if faults:
         raise SettingsError("; ".join(faults))

@@ -22,9 +22,13 @@ OPTIONS: Final = {
     "max_replicas": "max_replicas",
     "target_concurrency": "target_concurrency",
     "keep_alive": "keep_alive_s",
+    "adaptive_keep_alive": "adaptive_keep_alive",
     "max_context": "max_context_tokens",
     "queue_limit": "queue_limit",
     "lazy": "lazy",
+    "priority": "priority",
+    "devices": "devices",
+    "labels": "labels",
 }
 SOURCE_FIELDS: Final = ("url", "revision", "dtype")
 
@@ -70,7 +74,11 @@ def spec_of(options: Mapping[str, Any], document: object, folder: Path, here: Pa
     source |= {name: options[name] for name in ("revision", "dtype") if options.get(name) is not None}
     if options.get("name"):
         fields["name"] = options["name"]
-    fields |= {field: options[option] for option, field in OPTIONS.items() if options.get(option) is not None}
+    given = {field: options[option] for option, field in OPTIONS.items() if options.get(option) is not None}
+    if "labels" in given:
+        there = fields.get("labels")
+        given["labels"] = (there if isinstance(there, dict) else {}) | dict(given["labels"])
+    fields |= given
     if "name" not in fields:
         raise UsageError("Which name? hearth deploy NAME --source DIR|hf:ORG/NAME")
     if not source.get("url"):

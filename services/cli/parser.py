@@ -92,6 +92,18 @@ def _seconds(text: str) -> float:
     return number
 
 
+def _label(text: str) -> tuple[str, str]:
+    from shared.errors import HearthError
+    from shared.labels import parse_labels
+
+    try:
+        ((key, value),) = parse_labels(text).items()
+    except (HearthError, ValueError) as error:
+        sentence = str(error) if isinstance(error, HearthError) else f"{text!r} is not one KEY=VALUE"
+        raise argparse.ArgumentTypeError(sentence) from error
+    return key, value
+
+
 def _client(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--url",
@@ -140,6 +152,24 @@ def _deploy(parser: argparse.ArgumentParser) -> None:
         "--target-concurrency", metavar="N", type=_positive, help="requests that one replica runs at once"
     )
     parser.add_argument("--keep-alive", metavar="SECONDS", type=_seconds, help="how long an idle replica stays (60)")
+    parser.add_argument(
+        "--adaptive-keep-alive",
+        action="store_true",
+        default=None,
+        help="learn that from the times between requests; --keep-alive is then the most",
+    )
+    parser.add_argument(
+        "--priority", metavar="N", type=int, help="where resources are short, the higher go first: -100 to 100 (0)"
+    )
+    parser.add_argument("--devices", metavar="N", type=_positive, help="devices of one server that a replica takes (1)")
+    parser.add_argument(
+        "--label",
+        metavar="KEY=VALUE",
+        type=_label,
+        action="append",
+        dest="labels",
+        help="only on servers or workers that carry it (HEARTH_LABELS); may be repeated",
+    )
     parser.add_argument("--max-context", metavar="TOKENS", type=_positive, help="longest prompt + answer in tokens")
     parser.add_argument("--queue-limit", metavar="N", type=_positive, help="requests outstanding at most (1024)")
     parser.add_argument("--lazy", action="store_true", default=None, help="import the model on its first request")

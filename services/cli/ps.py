@@ -16,7 +16,15 @@ from services.cli.checkpoints import ID_CHARS
 from services.cli.client import Client, run
 from services.cli.deploy import parameters
 from services.cli.progress import amount, percent
-from shared.contracts.records import ClusterView, DeploymentRecord, Phase, ReplicaState, ServerRecord
+from shared.contracts.records import (
+    ClusterView,
+    DeploymentRecord,
+    DeploymentSpec,
+    Phase,
+    ReplicaState,
+    ServerRecord,
+)
+from shared.labels import labels_text
 from shared.sizes import duration, rate, size
 
 REFRESH_S: Final = 1.0
@@ -91,7 +99,23 @@ def _deployments(view: ClusterView) -> RenderableType:
     reasons = [
         Text(f"{record.spec.name}: {record.failure.message}", style="red") for record in failing if record.failure
     ]
-    return Group(table, *reasons, "")
+    return Group(table, *_wishes(view), *reasons, "")
+
+
+def wishes(spec: DeploymentSpec) -> str:
+    """What a deployment asks for beyond the usual: `priority 5 · only gpu=a40 · 2 devices each`; "" for nothing."""
+    parts = (
+        (spec.priority, f"priority {spec.priority}"),
+        (spec.labels, f"only {labels_text(spec.labels)}"),
+        (spec.devices != 1, f"{spec.devices} devices each"),
+        (spec.adaptive_keep_alive, f"adaptive keep-alive up to {duration(spec.keep_alive_s)}"),
+    )
+    return " · ".join(words for said, words in parts if said)
+
+
+def _wishes(view: ClusterView) -> list[Text]:
+    said = [(one.spec.name, wishes(one.spec)) for one in sorted(view.deployments, key=lambda one: one.spec.name)]
+    return [Text.assemble((f"{name}: ", "dim"), words) for name, words in said if words]
 
 
 def _replicas(view: ClusterView) -> RenderableType:
@@ -137,7 +161,12 @@ def _workers(view: ClusterView) -> RenderableType:
             f"{size(record.memory_used_bytes)}/{size(record.memory_total_bytes)}",
             f"{count}/{record.max_replicas}",
         )
-    return Group(table, "")
+    notes = [
+        Text.assemble((f"{record.worker_id}: ", "dim"), " · ".join(parts))
+        for record in sorted(view.workers, key=lambda record: record.worker_id)
+        if (parts := [labels_text(record.labels)] * bool(record.labels) + ["shares replicas"] * record.gangs)
+    ]
+    return Group(table, *notes, "")
 
 
 def _migrations(view: ClusterView) -> RenderableType:
@@ -201,6 +230,8 @@ def server_notes(record: ServerRecord, view: ClusterView) -> list[Text]:
     def note(words: str, style: str = "") -> None:
         notes.append(Text.assemble((f"{record.server_id}: ", "dim"), (words, style)))
 
+    if record.labels:
+        note(labels_text(record.labels))
     if record.loads or record.load_queue_bytes:
         words = f"{record.loads} load" if record.loads == 1 else f"{record.loads} loads"
         if record.load_queue_bytes:  # what is being planned or converted has no known length

@@ -19,6 +19,7 @@ from shared.contracts.placement import Delete, Deploy, Deployed
 from shared.contracts.records import DeploymentRecord, DeploymentSpec
 from shared.contracts.residency import Progress, Source
 from shared.errors import Code, HearthError
+from shared.labels import check_labels
 from shared.slug import check_name
 from shared.subjects import DELETE, DEPLOY
 
@@ -26,6 +27,8 @@ POLL_S: Final = 1.0
 AWAY_S: Final = 10.0  # a scheduler that restarts is back within this
 WRITABLE: Final = ("s3://", "gs://", "az://", "file://")
 OBJECT_STORES: Final = (*WRITABLE[:3], "https://", "http://", "file://")
+MOST_PRIORITY: Final = 100
+MOST_DEVICES: Final = 64
 _SOURCE_CHARS: Final = 4096
 _REVISION_CHARS: Final = 256
 
@@ -109,6 +112,8 @@ def check_spec(spec: DeploymentSpec) -> DeploymentSpec:
         ("max_replicas", spec.max_replicas, 1, 1024),
         ("target_concurrency", spec.target_concurrency, 1, 4096),
         ("queue_limit", spec.queue_limit, 1, 1_000_000),
+        ("priority", spec.priority, -MOST_PRIORITY, MOST_PRIORITY),
+        ("devices", spec.devices, 1, MOST_DEVICES),
     )
     for name, value, low, high in bounds:
         if not low <= value <= high:
@@ -119,6 +124,7 @@ def check_spec(spec: DeploymentSpec) -> DeploymentSpec:
         raise bad("keep_alive_s must be between 0 and 2592000 seconds.", "keep_alive_s")
     if spec.max_context_tokens is not None and not 16 <= spec.max_context_tokens <= 1 << 24:
         raise bad("max_context_tokens must be between 16 and 16777216.", "max_context_tokens")
+    check_labels(spec.labels)
     return spec
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -35,9 +36,17 @@ from services.scheduler.events import (
 from services.scheduler.policy import too_large
 from shared.backoff import delay_s
 from shared.contracts.placement import Deployed, Deploying
-from shared.contracts.records import ClusterView, DeploymentRecord, DeploymentSpec, DeploymentState
+from shared.contracts.records import (
+    ClusterView,
+    DeploymentRecord,
+    DeploymentSpec,
+    DeploymentState,
+    Phase,
+    WorkerRecord,
+)
 from shared.contracts.residency import Checkpoint, Done, Progress
 from shared.errors import Code, Failure, HearthError
+from shared.labels import check_labels
 from shared.slug import check_name, slug
 
 # The store could not be asked; another try may reach it, or another store.
@@ -49,6 +58,8 @@ DTYPES: Final = (None, "float32", "bfloat16", "float16")
 SOURCES: Final = ("/", "hf:", "s3://", "gs://", "az://", "https://", "http://", "file:///")
 MOST_REPLICAS: Final = 10_000
 MOST_WAIT_S: Final = 60.0
+MOST_PRIORITY: Final = 100
+MOST_DEVICES: Final = 64
 
 
 @dataclass
@@ -89,11 +100,33 @@ def validate(spec: DeploymentSpec) -> Failure | None:
         (spec.max_context_tokens is None or spec.max_context_tokens >= 1, "max_context_tokens",
          "max_context_tokens must be 1 or more."),
         (spec.queue_limit >= 1, "queue_limit", "queue_limit must be 1 or more."),
+        (abs(spec.priority) <= MOST_PRIORITY, "priority", f"priority must be -{MOST_PRIORITY} to {MOST_PRIORITY}."),
+        (1 <= spec.devices <= MOST_DEVICES, "devices", f"devices must be 1 to {MOST_DEVICES}."),
     )  # fmt: skip
     for fine, param, sentence in faults:
         if not fine:
             return Failure(code=Code.INVALID_REQUEST, message=sentence, param=param)
+    try:
+        check_labels(spec.labels)
+    except HearthError as error:
+        return error.failure
     return None
+
+
+def too_many_devices(spec: DeploymentSpec, workers: Iterable[WorkerRecord]) -> Failure | None:
+    """Why no server here can run a replica over so many devices; None if one can, or one device is enough."""
+    if spec.devices == 1:
+        return None
+    able: dict[str, int] = {}
+    for worker in workers:
+        if worker.gangs and worker.phase is Phase.READY:
+            able[worker.server_id] = able.get(worker.server_id, 0) + 1
+    most = max(able.values(), default=0)
+    if spec.devices <= most:
+        return None
+    have = f"the most that one has here is {most}" if most else "no worker here can share a replica with others"
+    message = f"A replica over {spec.devices} devices needs as many workers of one server; {have}."
+    return Failure(code=Code.INVALID_REQUEST, message=message, param="devices")
 
 
 def _may_hold_secrets(url: str) -> bool:
@@ -104,7 +137,9 @@ def _may_hold_secrets(url: str) -> bool:
 def revision_of(spec: DeploymentSpec, *more: str) -> str:
     """A short hash of what replicas depend on: changing anything else leaves them as they are."""
     parts = (spec.source.url, spec.source.revision, spec.source.dtype, spec.max_context_tokens, spec.target_concurrency)
-    return hashlib.sha256(repr((*parts, *more)).encode()).hexdigest()[:12]
+    # Where and on what it runs; left out where nothing is said, as in records that are older than the question.
+    where = (("devices", spec.devices),) * (spec.devices != 1) + tuple(sorted(spec.labels.items()))
+    return hashlib.sha256(repr((*parts, *where, *more)).encode()).hexdigest()[:12]
 
 
 def next_revision(old: DeploymentRecord | None, spec: DeploymentSpec, facts: Checkpoint | None) -> str:
@@ -143,7 +178,7 @@ class Deployments:
     def deploy(self, event: DeployAsked, now: float, out: list[Action]) -> None:
         """Create, change, or tell how far it is."""
         spec, name = event.spec, event.spec.name
-        fault = validate(spec)
+        fault = validate(spec) or too_many_devices(spec, self._cluster.workers.values())
         if fault is not None:
             out.append(Answer(event.reply, fault))
             return

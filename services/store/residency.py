@@ -308,6 +308,11 @@ class Residency:
         """Bytes of the pool that are allocated."""
         return self._tiers.dram.used_bytes
 
+    def in_dram(self, checkpoint_id: str) -> bool:
+        """Whether this checkpoint is whole and verified in DRAM."""
+        copy = self._tiers.dram.copies.get(checkpoint_id)
+        return copy is not None and copy.ready
+
     @property
     def leased_bytes(self) -> int:
         """Bytes of the pool that cannot be evicted now."""

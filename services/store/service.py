@@ -7,6 +7,7 @@ import os
 import platform
 from typing import assert_never
 
+import msgspec
 from prometheus_client import Counter, Gauge
 
 from services.store import events as e
@@ -17,6 +18,8 @@ from shared.bus import Subscription
 from shared.contracts.records import Phase, ServerRecord
 from shared.contracts.residency import LoadProgress
 from shared.driver import Driver
+from shared.fence import Fence
+from shared.labels import parse_labels
 from shared.lifecycle import Context, Heartbeat
 from shared.settings import StoreSettings
 from shared.subjects import (
@@ -26,6 +29,7 @@ from shared.subjects import (
     EXPORT,
     IMPORT,
     INSPECT,
+    LEADING,
     LIST,
     LOAD_PROGRESS,
     PIN,
@@ -65,6 +69,7 @@ class StoreService:
         context.tasks.create_task(self._peers.run(context.stopping), name="peers")
         self._heartbeat = context.heartbeat(self._record)
         post = self._driver.post
+        fence = Fence(ids["server_id"])
         bus.on_disconnect(lambda: post(e.BusLost()))
         bus.on_reconnect(lambda: post(e.BusBack()))
         self._subscriptions = [
@@ -72,8 +77,9 @@ class StoreService:
             await bus.serve(IMPORT, lambda message, reply: post(e.ImportAsked(message, reply)), **ids),
             await bus.serve(ACQUIRE, lambda message, reply: post(e.AcquireAsked(message, reply)), **ids),
             await bus.serve(RENEW, lambda message, reply: post(e.RenewAsked(message, reply)), **ids),
-            await bus.serve(EVICT, lambda message, reply: post(e.EvictAsked(message, reply)), **ids),
-            await bus.serve(PREFETCH, lambda message, reply: post(e.PrefetchAsked(message, reply)), **ids),
+            await bus.subscribe(LEADING, fence.heard),
+            await bus.serve(EVICT, fence.keeps(lambda message, reply: post(e.EvictAsked(message, reply))), **ids),
+            await bus.serve(PREFETCH, fence.keeps(lambda message, reply: post(e.PrefetchAsked(message, reply))), **ids),
             await bus.serve(PIN, lambda message, reply: post(e.PinAsked(message, reply)), **ids),
             await bus.serve(VERIFY, lambda message, reply: post(e.VerifyAsked(message, reply)), **ids),
             await bus.serve(EXPORT, lambda message, reply: post(e.ExportAsked(message, reply)), **ids),
@@ -96,7 +102,10 @@ class StoreService:
         await self._effects.close()
 
     def _record(self, phase: Phase) -> ServerRecord:
-        record = self._core.record(phase, host=platform.node(), pid=os.getpid())
+        record = msgspec.structs.replace(
+            self._core.record(phase, host=platform.node(), pid=os.getpid()),
+            labels=parse_labels(self._context.settings.labels),
+        )
         TIER_BYTES.labels("dram").set(record.dram_used_bytes)
         TIER_BYTES.labels("ssd").set(record.ssd_used_bytes)
         for tier, bytes_per_s in (

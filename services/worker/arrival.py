@@ -134,7 +134,8 @@ def is_there(piece: Piece, word: int) -> bool:
 
 
 class Arrivals:
-    """Waits for pieces. `read_word` gives the word at a byte of the segment. `waited_s` adds up.
+    """Waits for pieces. `read_word` gives the word at a byte of the segment. `waited_s` adds up; `complete_at` is when
+    the last piece was found to be there (None: one is missing, or all were always there).
 
     Raises HearthError: CHECKPOINT_UNAVAILABLE (they will not come), DRAINING (the load was stopped).
     """
@@ -142,6 +143,7 @@ class Arrivals:
     def __init__(self, pieces: Sequence[Piece], read_word: Callable[[int], int], watch: LoadWatch, time: Time) -> None:
         self.pieces: Final = pieces
         self.waited_s = 0.0
+        self.complete_at: float | None = None
         self._read_word = read_word
         self._watch = watch
         self._time = time
@@ -199,6 +201,8 @@ class Arrivals:
         if not is_there(piece, self._read_word(piece.word_offset)):
             return False
         del self._missing[number]
+        if not self._missing:
+            self.complete_at = self._time.now()
         return True
 
     def _arrived_bytes(self) -> int:

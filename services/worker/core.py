@@ -69,7 +69,8 @@ class WorkerCore:
 
     def record(self, replica_id: str, now: float) -> ReplicaRecord:
         """The record of a replica that is here."""
-        return self.replicas[replica_id].record(now)
+        replica = self.replicas[replica_id]
+        return replica.record(now, self._runs.running_tokens(replica))
 
     def count(self, state: ReplicaState) -> int:
         """Replicas in this state."""

@@ -24,7 +24,7 @@ from shared.contracts.migration import (
     RoundDone,
     RoundPending,
 )
-from shared.contracts.placement import LoadReplica, ReplicaFailed, StopReplica
+from shared.contracts.placement import LoadReplica, ReplicaFailed, ReplicaLoaded, StopReplica
 from shared.contracts.requests import (
     Cancel,
     Check,
@@ -505,10 +505,12 @@ class StopAttach:
 
 @dataclass(frozen=True, slots=True)
 class LoadFinished:
-    """A replica is ready: the parts of its cold start, for log and metrics."""
+    """A replica is ready: the parts of its cold start, for log and metrics, and (`told`) for the scheduler."""
 
     deployment: str
     replica_id: str
+    worker_id: str
+    server_id: str
     checkpoint_id: str
     engine: str
     tier: str
@@ -519,6 +521,30 @@ class LoadFinished:
     total_s: float
     weight_bytes: int
     memory_bytes: int
+    wait_s: float = 0.0
+    move_s: float = 0.0
+    moved_bytes: int = 0
+    rest_s: float = 0.0
+    work_s: float = 0.0
+
+    def told(self, device: str) -> ReplicaLoaded:
+        """What this took, as the scheduler hears it."""
+        return ReplicaLoaded(
+            replica_id=self.replica_id,
+            deployment=self.deployment,
+            worker_id=self.worker_id,
+            server_id=self.server_id,
+            checkpoint_id=self.checkpoint_id,
+            tier=self.tier,
+            weight_bytes=self.weight_bytes,
+            total_s=self.total_s,
+            wait_s=self.wait_s,
+            move_s=self.move_s,
+            moved_bytes=self.moved_bytes,
+            attach_s=self.rest_s,
+            work_s=self.work_s,
+            device=device,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,6 +128,11 @@ class Generation:
             self.finished = FinishReason.LENGTH
 
     @property
+    def left_tokens(self) -> int:
+        """The most tokens that may still come."""
+        return 0 if self.finished is not None else max(0, self._limit_tokens - self.index)
+
+    @property
     def emitted(self) -> int:
         """Output tokens that frames have carried: all but those that came since the last one."""
         return self.index - len(self._token_ids)

@@ -226,6 +226,7 @@ class Incoming:
                     prefill_s=first - began,
                     step_s=now - first,
                 )
+                landing.replica.speeds.prefilled(landing.done.prefilled_tokens, landing.done.prefill_s)
                 actions += self._input(landing, DestinationInput.PREFILLED, now)
             else:
                 landing.failure = event.failure or Failure(code=Code.DRAINING, message="The replica is leaving.")

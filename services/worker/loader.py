@@ -212,6 +212,7 @@ class TorchLoader:
                 skeleton_s=skeleton_done - tokenizer_done,
                 parameters_s=parameters_done - skeleton_done - placed.waited_s,
                 waited_s=placed.waited_s,
+                arrived_s=max(0.0, placed.arrived_at - started) if placed.arrived_at is not None else 0.0,
                 engine_s=ended - parameters_done,
                 total_s=ended - started,
             ),
@@ -245,10 +246,11 @@ class TorchLoader:
             copier = DeviceCopier(bytes_at(segment.address, segment.size_bytes), buffer)
             undo.pop_all()
 
-        def copy(own: LoadWatch) -> None:
+        def copy(own: LoadWatch) -> float | None:
             arrivals = Arrivals(pieces, segment.word, own, REAL_TIME)
             with torch.cuda.device(self._device):
                 stream(arrivals, copier, own, REAL_TIME, windowed=streams(lease))
+            return arrivals.complete_at
 
         arriving = lease.arrival is not None
         return segment, Placed(0, size_bytes, memory_bytes=size_bytes, arriving=arriving).meanwhile(copy, watch), buffer

@@ -21,7 +21,8 @@ class Placed:
     """Where the bytes of an image are or will be.
 
     `address` (CPU) is where they lie as one range; `memory_bytes` are memory of this worker's own. `waited_s` is how
-    long nothing was left to do but to wait for bytes that were still arriving.
+    long nothing was left to do but to wait for bytes that were still arriving, `arrived_at` when the last of them was
+    there (None: they were there before).
     """
 
     def __init__(self, address: int, size_bytes: int, *, memory_bytes: int = 0, arriving: bool = True) -> None:
@@ -29,20 +30,16 @@ class Placed:
         self.size_bytes: Final = size_bytes
         self.memory_bytes: Final = memory_bytes
         self.waited_s = 0.0
+        self.arrived_at: float | None = None
         self._arriving = arriving
         self._stop = False
         self._threads: ThreadPoolExecutor | None = None
-        self._coming: Callable[[], object] | None = None
+        self._coming: Callable[[], float | None] | None = None
 
-    def later(self, coming: Callable[[], object]) -> Placed:
-        """`wait` is this."""
-        self._coming = coming
-        return self
-
-    def meanwhile(self, copy: Callable[[LoadWatch], None], watch: LoadWatch) -> Placed:
-        """`copy` runs on a thread of its own, from now on; `wait` is for its end."""
+    def meanwhile(self, bring: Callable[[LoadWatch], float | None], watch: LoadWatch) -> Placed:
+        """`bring` runs on a thread of its own, from now on; `wait` is for its end. It returns `arrived_at`."""
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="transfer")
-        future: Future[None] = self._threads.submit(copy, _Stoppable(watch, self))
+        future: Future[float | None] = self._threads.submit(bring, _Stoppable(watch, self))
         self._coming = future.result
         return self
 
@@ -56,7 +53,7 @@ class Placed:
         if self._coming is None:
             return
         started = time.perf_counter()
-        self._coming()
+        self.arrived_at = self._coming()
         self._coming = None
         if self._arriving:
             self.waited_s += time.perf_counter() - started
@@ -129,12 +126,17 @@ def in_memory(lease: Lease, mappings: Mappings, watch: LoadWatch) -> tuple[Image
     pieces, size_bytes = pieces_of(lease), image_bytes(lease)
     if not streams(lease):
         image = mappings.map(lease)
-        arrivals = Arrivals(pieces, image.word, watch, REAL_TIME)
         placed = Placed(image.address, min(size_bytes, image.size_bytes))
-        return image, placed.later(arrivals.wait_all) if arrivals.arriving else placed
+
+        def look(own: LoadWatch) -> float | None:
+            arrivals = Arrivals(pieces, image.word, own, REAL_TIME)
+            arrivals.wait_all()
+            return arrivals.complete_at
+
+        return image, placed.meanwhile(look, watch) if lease.arrival is not None else placed
     image = mappings.own(size_bytes)
 
-    def copy(own: LoadWatch) -> None:
+    def copy(own: LoadWatch) -> float | None:
         segment = mappings.hold(lease)
         try:
             arrivals = Arrivals(pieces, segment.word, own, REAL_TIME)
@@ -143,6 +145,7 @@ def in_memory(lease: Lease, mappings: Mappings, watch: LoadWatch) -> tuple[Image
             )
             stream(arrivals, copier, own, REAL_TIME, windowed=True)
             mappings.ask_large_pages(image, 0, wanted=True)  # the kernel makes them in its own time
+            return arrivals.complete_at
         finally:
             mappings.release(segment)
 

@@ -188,7 +188,8 @@ class Tokenizer(Protocol):
 @dataclass(frozen=True, slots=True)
 class AttachTimes:
     """Where the seconds of an attach went. `parameters_s`: views (CPU) or copies (CUDA); `waited_s`: nothing was left
-    to do but to wait for bytes of an arriving lease; `total_s` is the sum."""
+    to do but to wait for bytes of an arriving lease; `total_s` is the sum. `arrived_s` is when the last of those bytes
+    was there, counted from the beginning (0: all were there before)."""
 
     manifest_s: float = 0.0
     skeleton_s: float = 0.0
@@ -197,6 +198,7 @@ class AttachTimes:
     tokenizer_s: float = 0.0
     engine_s: float = 0.0
     total_s: float = 0.0
+    arrived_s: float = 0.0
 
 
 class Loaded(Protocol):

@@ -31,6 +31,7 @@ from services.worker.events import (
     Want,
 )
 from services.worker.ports import Loaded
+from services.worker.speeds import NOTHING_RUNS, RunningTokens, Speeds
 from shared.backoff import delay_s
 from shared.capacity import context_tokens, kv_cache_bytes
 from shared.contracts.generation import Ledger
@@ -96,6 +97,9 @@ class Replica:
         self._server_id: Final = server_id
         self._attach_from = now
         self._attach_s = 0.0
+        self._arrived_at = now
+        self._overlap_s = 0.0
+        self.speeds: Final = Speeds()
         self._tries = 0
         self._removed = False
 
@@ -229,6 +233,10 @@ class Replica:
         self.loaded = loaded
         self._waited_s = loaded.times.waited_s
         self._attach_s = max(0.0, now - self._attach_from - self._waited_s)
+        # When the last byte was there, and how much of the worker's own work was done by then.
+        times = loaded.times
+        self._arrived_at = max(self._attach_from, now - times.total_s + times.arrived_s)
+        self._overlap_s = max(0.0, times.arrived_s - times.waited_s)
         if self._copied_too_late(now):
             message = "The lease ended while the parameters were copied."
             return self.fail(Failure(code=Code.CHECKPOINT_UNAVAILABLE, message=message), now)
@@ -342,8 +350,8 @@ class Replica:
             return self._top_up()
         return self._go()
 
-    def record(self, now: float) -> ReplicaRecord:
-        """What the registry shall say about it."""
+    def record(self, now: float, running: RunningTokens = NOTHING_RUNS) -> ReplicaRecord:
+        """What the registry shall say about it. `running` is what its requests hold."""
         ready = self.state is not ReplicaState.LOADING
         return ReplicaRecord(
             replica_id=self.id,
@@ -361,6 +369,11 @@ class Replica:
             generated_tokens=self.generated_tokens,
             engine=self.loaded.engine.name if self.loaded else "",
             load=None if ready else self.progress,
+            context_tokens=running.context_tokens,
+            output_tokens=running.output_tokens,
+            left_tokens=running.left_tokens,
+            step_s=self.speeds.step_s,
+            prefill_token_s=self.speeds.prefill_token_s,
         )
 
     def ledger(self, *, waited_s: float, now: float) -> Ledger:
@@ -455,9 +468,23 @@ class Replica:
     def _finished(self, now: float) -> LoadFinished:
         assert self.loaded is not None
         assert self.lease is not None
+        lease, total_s = self.lease, now - self.asked_at
+        # Of what was in DRAM already nothing was waited for. The store has measured the time before the lease, the
+        # board has shown the time after it.
+        move_s = lease.moved_s + (self._arrived_at - self._attach_from if lease.arrival else 0.0)
+        move_s = min(move_s, total_s) if lease.moved_bytes else 0.0
+        wait_s = min(lease.wait_s, total_s - move_s)
+        rest_s = total_s - move_s - wait_s
         return LoadFinished(
             deployment=self.message.deployment,
             replica_id=self.id,
+            worker_id=self._worker_id,
+            server_id=self._server_id,
+            wait_s=wait_s,
+            move_s=move_s,
+            moved_bytes=lease.moved_bytes,
+            rest_s=rest_s,
+            work_s=rest_s + self._overlap_s,
             checkpoint_id=self.lease.checkpoint.checkpoint_id,
             engine=self.loaded.engine.name,
             tier=self.lease.tier,
@@ -465,7 +492,7 @@ class Replica:
             import_s=self.lease.import_s,
             read_s=self.lease.read_s + self._waited_s,
             attach_s=self._attach_s,
-            total_s=now - self.asked_at,
+            total_s=total_s,
             weight_bytes=self.lease.checkpoint.weight_bytes,
             memory_bytes=self.loaded.memory_bytes,
         )

@@ -71,6 +71,7 @@ class Run:
     sequence_id: str = ""
     first_token_at: float | None = None
     last_token_at: float = 0.0
+    submitted_at: float = 0.0
     token_interval_s: float = 0.0
     prompt_ids: tuple[int, ...] = ()
     echo_text: str = ""
@@ -123,6 +124,13 @@ class Run:
             self.first_token_at = now
         else:
             passed_s = now - self.last_token_at
+            self.replica.speeds.stepped(passed_s)
             # Recent steps count most: the batch around it changes.
             self.token_interval_s = 0.8 * self.token_interval_s + 0.2 * passed_s if self.token_interval_s else passed_s
         self.last_token_at = now
+
+    def sequence_ended(self, cached_tokens: int) -> None:
+        """Its engine is done with it: the prefill was that of all tokens but these, and of none generated here."""
+        if self.generation is not None and self.first_token_at is not None:
+            computed = len(self.prompt_ids) + self.generation.resumed_tokens - cached_tokens
+            self.replica.speeds.prefilled(computed, self.first_token_at - self.submitted_at)

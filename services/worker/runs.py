@@ -19,6 +19,7 @@ from services.worker.holds import Holdings
 from services.worker.ports import EndReason, EngineEvent, SequenceEnd, StepToken
 from services.worker.replica import Replica
 from services.worker.run import Limits, Run, RunState
+from services.worker.speeds import RunningTokens
 from shared.contracts.generation import End, FinishReason, Frame, FrameBatch, GivenBack, Ledger
 from shared.contracts.migration import RequestList, RunningRequest
 from shared.contracts.requests import Cancel, Check, Claimed, Gone, Owned, Running, Unwanted
@@ -239,6 +240,7 @@ class Runs:
         # the sequence of the first claim.
         self._begun += 1
         run.sequence_id = f"{run.request_id}.{claimed.epoch}.{self._begun}"
+        run.submitted_at = now
         self._sequences[run.sequence_id] = run
         return [
             e.SubmitSequence(
@@ -289,6 +291,8 @@ class Runs:
         """Frames of one request after one step into `items`, its end too if it ended; what is to be done after that."""
         generation = run.generation
         assert generation is not None
+        if ended is not None:
+            run.sequence_ended(ended.cached_tokens)
         if run.frozen:
             run.ended = ended or run.ended
             return []
@@ -479,6 +483,16 @@ class Runs:
             # The message is the next owner's, or comes to somebody who hears the gateway; it must not be taken away.
             actions += self.over(run, "gateway_lost", now)
         return actions
+
+    def running_tokens(self, replica: Replica) -> RunningTokens:
+        """What the requests that run in a replica hold."""
+        runs = [self.by_token[token] for token in replica.held if token in self.by_token]
+        made = [run.generation for run in runs if run.generation is not None]
+        return RunningTokens(
+            context_tokens=sum(len(run.prompt_ids) + run.emitted_tokens for run in runs),
+            output_tokens=sum(run.emitted_tokens for run in runs),
+            left_tokens=max((generation.left_tokens for generation in made), default=0),
+        )
 
     def listed(self, now: float) -> RequestList:
         """What runs here, for people."""

@@ -38,6 +38,8 @@ from shared.contracts.requests import Cancel, ChatPrompt, Check, Request, Runnin
 from shared.contracts.residency import Acquire, Checkpoint, Consumed, Done, Lease, Progress, Release, Renew, Renewed
 from shared.driver import Driver
 from shared.errors import Code, Failure, HearthError
+from shared.fence import Fence
+from shared.labels import parse_labels
 from shared.lifecycle import Context, Heartbeat
 from shared.metrics import LATENCY_BUCKETS_S
 from shared.registry import record_kind
@@ -53,6 +55,7 @@ from shared.subjects import (
     FRAMES,
     HAND_OVER,
     HOLDS,
+    LEADING,
     LIST_REQUESTS,
     LOAD,
     LOAD_PROGRESS,
@@ -63,6 +66,7 @@ from shared.subjects import (
     RELIEF,
     RENEW,
     REPLICA_FAILED,
+    REPLICA_LOADED,
     ROUND,
     STOP,
 )
@@ -248,13 +252,15 @@ class WorkerShell:
         context.tasks.create_task(self.driver.run(), name="driver")
         context.tasks.create_task(self._watch_engines(), name="engines")
         try:
-            await bus.serve(LOAD, self._load_asked, worker_id=id)
-            await bus.serve(STOP, self._stop_asked, worker_id=id)
+            fence = Fence(id)
+            await bus.subscribe(LEADING, fence.heard)
+            await bus.serve(LOAD, fence.keeps(self._load_asked), worker_id=id)
+            await bus.serve(STOP, fence.keeps(self._stop_asked), worker_id=id)
             await bus.subscribe(CANCEL, self._cancel_arrived, worker_id=id)
             await bus.serve(CHECK, self._check_asked, worker_id=id)
             await bus.serve(LIST_REQUESTS, self._list_asked, worker_id=id)
             await bus.serve(DRAIN, self._drain_asked, worker_id=id)
-            await bus.serve(MIGRATE, self._migrate_asked, worker_id=id)
+            await bus.serve(MIGRATE, fence.keeps(self._migrate_asked), worker_id=id)
             await bus.serve(ROUND, self._round_asked, worker_id=id)
             await bus.serve(HAND_OVER, self._hand_over_asked, worker_id=id)
             await bus.subscribe(ABANDON, self._abandon_arrived, worker_id=id)
@@ -590,6 +596,7 @@ class WorkerShell:
             max_replicas=core.limits.max_replicas,
             migrations=core.migrations(time.monotonic()),
             incoming=len(core.incoming),
+            labels=parse_labels(settings.labels),
         )
 
     async def _watch_engines(self) -> None:
@@ -640,6 +647,7 @@ class WorkerShell:
     def _loaded(self, action: e.LoadFinished) -> None:
         LOAD_S.labels(action.tier).observe(action.total_s)
         LOAD_BYTES.labels(action.tier).inc(action.weight_bytes)
+        self._context.bus.publish(REPLICA_LOADED, action.told(self._device.device))
         self._context.event("replica.loaded", **_facts(action))
 
     def _failed(self, action: e.PublishFailed) -> None:

@@ -54,6 +54,20 @@ def test_options_go_over_the_file() -> None:
     assert spec == DeploymentSpec(name="other", source=Source(url="/here/model", dtype="float16"), max_replicas=5)
 
 
+def test_where_and_how_it_runs() -> None:
+    options = {
+        "name": "m", "source": "/m", "priority": -3, "devices": 2, "adaptive_keep_alive": True,
+        "labels": [("gpu", "a40"), ("zone", "b")],
+    }  # fmt: skip
+    assert spec_of(options, None, HERE, HERE) == DeploymentSpec(
+        name="m", source=Source(url="/m"), priority=-3, devices=2, adaptive_keep_alive=True,
+        labels={"gpu": "a40", "zone": "b"},
+    )  # fmt: skip
+    document = {"name": "m", "source": "/m", "labels": {"gpu": "h100", "rack": "1"}, "priority": 4}
+    spec = spec_of({"labels": [("gpu", "a40")]}, document, FOLDER, HERE)
+    assert (spec.labels, spec.priority) == ({"gpu": "a40", "rack": "1"}, 4), "labels are added to those of the file"
+
+
 def test_home_and_absolute_directories(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home-of-me")
     assert spec_of({"name": "m", "source": "~/m"}, None, HERE, HERE).source.url == "/home-of-me/m"
@@ -77,6 +91,9 @@ def test_urls_are_left_as_they_are() -> None:
         ({}, {"name": "m", "source": {"url": 3}}, "source.url"),
         ({}, {"name": "m", "source": "x", "max_replicas": "many"}, "max_replicas"),
         ({}, {"name": 7, "source": "x"}, "name"),
+        ({}, {"name": "m", "source": "x", "labels": {"rack": 1}}, "labels"),
+        ({}, {"name": "m", "source": "x", "labels": ["a=b"]}, "labels"),
+        ({}, {"name": "m", "source": "x", "label": {"a": "b"}}, "label: no such field"),
     ],
 )
 def test_what_is_no_deployment_is_told(options: dict[str, object], document: object, says: str) -> None:

@@ -23,6 +23,8 @@ WRONG = (
     "", "fly", "up --port 0", "up --servers none", "up --dram much", "up --dem", "deploy -x", "chat", "store fly",
     "store import", "store pin", "migrate", "migrate a b", "drain", "drain w --timeout soon", "drain w --und",
     "requests x", "up --workers 0", "store evict c --tier tape", "store export c", "store ls --serv a",
+    "deploy m --label gpu", "deploy m --label a=1,b=2", "deploy m --label =1", "deploy m --devices 0",
+    "deploy m --priority high",
 )  # fmt: skip
 
 
@@ -53,6 +55,14 @@ def test_help_is_0(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> 
 def test_up_takes_sizes_and_numbers() -> None:
     options = parse(["up", "--demo", "--servers", "2", "--dram", "1.5GiB", "--port", "9000"]).options
     assert (options.demo, options.servers, options.dram, options.port) == (True, 2, 1610612736, 9000)
+
+
+def test_deploy_takes_labels_and_priorities() -> None:
+    line = "deploy m --label gpu=a40 --label zone=b --priority -3 --devices 2 --adaptive-keep-alive"
+    options = parse(line.split()).options
+    assert options.labels == [("gpu", "a40"), ("zone", "b")]
+    assert (options.priority, options.devices, options.adaptive_keep_alive) == (-3, 2, True)
+    assert parse(["deploy", "m"]).options.adaptive_keep_alive is None
 
 
 def test_workers_are_asked_for_by_either_name() -> None:

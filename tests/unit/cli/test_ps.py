@@ -101,6 +101,28 @@ def test_migrations_in_flight_have_a_table_of_their_own() -> None:
     assert "migrations" not in shown(ClusterView(workers=(idle,)))
 
 
+def test_what_is_asked_for_beyond_the_usual_and_the_labels_that_answer_it_are_noted() -> None:
+    spec = msgspec.structs.replace(
+        deployment("m").spec, priority=5, labels={"gpu": "a40"}, devices=2, adaptive_keep_alive=True
+    )
+    worker = WorkerRecord(
+        worker_id="w1", server_id="server-1", phase=Phase.READY, pid=1, device="cuda:0", device_name="", gangs=True,
+        memory_total_bytes=1, memory_used_bytes=0, max_replicas=1, labels={"gpu": "a40", "zone": "b"},
+    )  # fmt: skip
+    text = shown(
+        ClusterView(
+            deployments=(msgspec.structs.replace(deployment("m"), spec=spec), deployment("n")),
+            workers=(worker, msgspec.structs.replace(worker, worker_id="w2", labels={}, gangs=False)),
+            servers=(msgspec.structs.replace(server(1, ssd={}), labels={"rack": "7"}),),
+        )
+    )
+    assert "m: priority 5 · only gpu=a40 · 2 devices each · adaptive keep-alive up to 1 min\n" in text
+    assert "w1: gpu=a40, zone=b · shares replicas\n" in text
+    assert "server-1: rack=7\n" in text
+    assert "n: " not in text
+    assert "w2: " not in text
+
+
 def test_nothing_is_said_in_words() -> None:
     text = shown(ClusterView())
     assert all(words in text for words in ("no deployments", "no replicas", "no workers", "no servers"))

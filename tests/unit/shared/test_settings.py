@@ -37,6 +37,13 @@ def test_bytes_may_have_units() -> None:
         load(StoreSettings, {"HEARTH_DRAM_BYTES": "much"})
 
 
+def test_labels_are_checked_where_they_are_read() -> None:
+    for kind in (WorkerSettings, StoreSettings):
+        assert load(kind, {"HEARTH_LABELS": "gpu=a40,zone=b"}) == kind(labels="gpu=a40,zone=b")
+        with pytest.raises(SettingsError, match="HEARTH_LABELS='gpu' is malformed: labels: 'gpu' is no KEY=VALUE"):
+            load(kind, {"HEARTH_LABELS": "gpu"})
+
+
 def test_every_fault_is_named() -> None:
     with pytest.raises(SettingsError) as caught:
         load(

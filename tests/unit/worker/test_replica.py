@@ -7,6 +7,7 @@ import pytest
 
 from services.worker import events as e
 from services.worker.ports import AttachTimes
+from shared.contracts.placement import ReplicaLoaded
 from shared.contracts.records import ReplicaState
 from shared.contracts.residency import Arrival, Done, Lease, Progress, Renewed
 from shared.errors import Code, Failure
@@ -413,6 +414,55 @@ def test_progress_of_arriving_bytes_is_told_with_an_estimate_and_the_ledger_has_
     world.now += 1
     finished = only(world.send(e.Attached("r1", FakeLoaded(times=AttachTimes(waited_s=5.0)))), e.LoadFinished)
     assert (finished.read_s, finished.attach_s) == (5.5, 2.0)
+
+
+def finished_load(
+    granted: Lease, times: AttachTimes, *, granted_after_s: float, attached_after_s: float
+) -> ReplicaLoaded:
+    """What the scheduler hears of a load whose lease and model came so long after what preceded them."""
+    world = World()
+    world.ask_load()
+    world.send(e.PullerOpened("r1", FakePuller()))
+    world.now += granted_after_s
+    world.send(e.LeaseAnswered("r1", granted))
+    world.now += attached_after_s
+    told = only(world.send(e.Attached("r1", FakeLoaded(times=times))), e.LoadFinished).told("cpu")
+    assert told.total_s == pytest.approx(granted_after_s + attached_after_s)
+    assert told.wait_s + told.move_s + told.attach_s == pytest.approx(told.total_s)
+    assert min(told.wait_s, told.move_s, told.attach_s) >= 0
+    return told
+
+
+def test_the_parts_of_a_load_from_dram_are_the_workers_alone() -> None:
+    granted = msgspec.structs.replace(lease(lease_id="lease-r1"), tier="dram")
+    told = finished_load(granted, AttachTimes(total_s=1.0), granted_after_s=0.25, attached_after_s=1.0)
+    assert (told.tier, told.device, told.wait_s, told.move_s, told.moved_bytes) == ("dram", "cpu", 0, 0, 0)
+    assert (told.attach_s, told.work_s) == (1.25, 1.25)
+
+
+def test_the_parts_of_a_load_whose_bytes_were_waited_for() -> None:
+    granted = msgspec.structs.replace(lease(lease_id="lease-r1"), wait_s=2.0, moved_s=3.0, moved_bytes=50)
+    told = finished_load(granted, AttachTimes(total_s=1.0), granted_after_s=5.25, attached_after_s=1.0)
+    assert (told.wait_s, told.move_s, told.moved_bytes, told.attach_s, told.work_s) == (2.0, 3.0, 50, 1.25, 1.25)
+
+
+@pytest.mark.parametrize(
+    ("arrived_s", "waited_s", "move_s", "work_s"),
+    [(4.0, 3.0, 4.5, 2.0), (0.5, 0.0, 1.0, 5.0), (0.0, 0.0, 0.5, 5.0)],
+    ids=["the worker waits for the bytes", "the bytes are there first", "all were there when it began"],
+)
+def test_work_that_was_done_while_bytes_arrived_is_in_no_part_twice(
+    arrived_s: float, waited_s: float, move_s: float, work_s: float
+) -> None:
+    granted = msgspec.structs.replace(arriving(), wait_s=2.0, moved_s=0.5, moved_bytes=50)
+    times = AttachTimes(total_s=5.0, waited_s=waited_s, arrived_s=arrived_s)
+    told = finished_load(granted, times, granted_after_s=2.5, attached_after_s=5.0)
+    assert (told.wait_s, told.move_s, told.work_s) == (2.0, move_s, work_s)
+
+
+def test_what_the_store_says_cannot_be_more_than_it_took() -> None:
+    granted = msgspec.structs.replace(lease(lease_id="lease-r1"), wait_s=20.0, moved_s=30.0, moved_bytes=50)
+    finished_load(granted, AttachTimes(total_s=1.0), granted_after_s=5.0, attached_after_s=1.0)
 
 
 def test_an_image_larger_than_the_pool_takes_memory_of_the_workers_own_and_the_lease_goes_back() -> None:

@@ -1,0 +1,27 @@
+"""Who decides in a run: the production core as it is, or with another strategy; and what its servers keep. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from services.scheduler.core import Core
+from services.scheduler.rules import Rules
+from simulator.fleet.model import Hardware, Policy
+from simulator.kernel import Dice
+
+
+def prepared(policy: Policy, hardware: Hardware) -> tuple[Hardware, str]:
+    """The hardware as this policy finds it, and the tier in which its servers keep checkpoints ("": in none).
+
+    Ray Serve downloads what it serves, to every server anew; with a local cache it finds on the SSD what it has had
+    before. Neither knows of peers, or keeps anything in DRAM.
+    """
+    if policy in (Policy.RAY_SERVE, Policy.RAY_SERVE_CACHED):
+        cold = dataclasses.replace(hardware, cold_ssd=True, peers=False)
+        return cold, "" if policy is Policy.RAY_SERVE else "ssd"
+    return hardware, "dram"
+
+
+def core_of(policy: Policy, rules: Rules, term: int, dice: Dice) -> Core:
+    """A scheduler's core that decides by this policy."""
+    return Core(rules, instance=f"l{term}x")
