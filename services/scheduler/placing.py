@@ -6,46 +6,68 @@ knows of it.
 
 from __future__ import annotations
 
-import collections
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
-from services.scheduler import autoscale, policy
 from services.scheduler.books import Room, owner_of
-from services.scheduler.cluster import Cluster, Need, PendingLoad, PendingStop
-from services.scheduler.events import Action, CommandLoad, CommandStop, Decided, Note
-from services.scheduler.policy import Decision, Outcome
+from services.scheduler.cluster import Cluster, PendingLoad, PendingStop, workers_of
+from services.scheduler.decisions import Decisions
+from services.scheduler.events import Action, CommandLoad, CommandStop, Decided, Fact, Note
+from services.scheduler.fairness import Fairness
+from services.scheduler.outlook import Outlook, ask_for
 from services.scheduler.rules import Rules
+from services.scheduler.terms import Ask, Candidate, Decision, Means, Outcome, Startup
+from services.scheduler.view import View
 from shared.capacity import context_tokens
 from shared.contracts.placement import LoadReplica, StopReplica
 from shared.contracts.records import DeploymentRecord, ReplicaRecord
 from shared.errors import Failure
 
+# Where one more replica goes: `choice.decide`, or what it is compared with.
+Decide = Callable[[Ask, View, float], Decision]
+
 
 @dataclass
 class Counts:
-    """Totals since the start, for metrics."""
+    """Totals since the start, for metrics. `swaps` are loads for which somebody else had to leave."""
 
     decisions: int = 0
     deferrals: int = 0
     evictions: int = 0
-    failures: int = 0
     stops: int = 0
+    moves: int = 0
+    waits: int = 0
+    parks: int = 0
+    swaps: int = 0
 
 
 class Placing:
     """Places replicas and stops them. `instance` makes its replica ids distinct from those of earlier schedulers.
 
     `wake` is the monotonic second from which on a refused stop may be commanded again; whoever asks resets it.
+    `predicted` has what a replica's startup was estimated at, until it is known what it took.
     """
 
-    def __init__(self, rules: Rules, cluster: Cluster, *, instance: str) -> None:
+    def __init__(
+        self,
+        rules: Rules,
+        cluster: Cluster,
+        outlook: Outlook,
+        fairness: Fairness,
+        decide: Decide,
+        *,
+        instance: str,
+    ) -> None:
         self.counts = Counts()
-        self.decisions: collections.deque[Decision] = collections.deque(maxlen=rules.decisions_kept)
+        self.decisions = Decisions(instance=instance)
         self.wake = math.inf
+        self.predicted: dict[str, Startup] = {}
         self._rules = rules
         self._cluster = cluster
+        self._outlook = outlook
+        self._fairness = fairness
+        self._decide = decide
         self._instance = instance
         self._replica_numbers = 0
         self._not_before: dict[str, float] = {}
@@ -91,9 +113,9 @@ class Placing:
 
     def expire(self, now: float) -> None:
         """Forget what is over."""
-        self._not_before = {
-            id: at for id, at in self._not_before.items() if id in self._cluster.replicas and (at > now)
-        }
+        over = [id for id, at in self._not_before.items() if at <= now or id not in self._cluster.replicas]
+        for id in over:
+            del self._not_before[id]
 
     # -- placement ---------------------------------------------------------------------------------------------------
 
@@ -105,6 +127,7 @@ class Placing:
         out: list[Action],
         *,
         avoid: Mapping[str, Failure],
+        means: Means | None = None,
         move_id: str = "",
         at: str = "",
         away_from: str = "",
@@ -112,43 +135,38 @@ class Placing:
         """Decide about one more replica, which has been wanted since `since`, and command what was decided.
 
         `avoid` maps servers that have just failed to load this model to how they did. A move that needs a destination
-        says so (`move_id`), and on which worker, or on which not (`at`, `away_from`). Waiting, and that it is
-        impossible, are for the caller to tell.
+        says so (`move_id`), and on which worker, or on which not (`at`, `away_from`). Making room by other means than
+        stopping idle replicas, waiting, and that it is impossible, are for the caller to see to.
         """
         cluster, name = self._cluster, record.spec.name
         owner = owner_of(move_id) if move_id else name
-        need = cluster.need(record)
-        # While room is being made nobody else is asked to leave; but what has become free meanwhile is taken.
-        idle = (
-            [] if owner in cluster.rooms else autoscale.victims(cluster, name, now, min_ready_s=self._rules.min_ready_s)
-        )
-        if cluster.outstanding(name) == 0 and not move_id:
-            # A reserve never takes the place of another reserve, or the two would do so for ever.
-            idle = [one for one in idle if not one.below_min]
-        idle = [one for one in idle if self._not_before.get(one.replica_id, -math.inf) <= now]
-        decision = policy.decide(need, cluster, idle, now, avoid=avoid, owner=owner, at=at, away_from=away_from)
+        means = means if means is not None else Means(move=False, wait=False)
+        if owner in cluster.rooms:
+            # While room is being made nobody else is asked to leave; but what has become free meanwhile is taken.
+            means = Means(evict=False, below_min=False, move=False, wait=False)
+        reserve = cluster.outstanding(name) == 0 and not move_id
+        self._outlook.look(name, now, reserve=reserve, spared=lambda id: self._not_before.get(id, -math.inf) > now)
+        ask = replace(
+            ask_for(cluster, record, means=means), owner=owner, at=at, away_from=away_from, avoid=avoid
+        )  # fmt: skip
+        decision = self._decide(ask, self._outlook, now)
         if decision.outcome is Outcome.PLACE:
-            self._load(record, need, decision, owner, since, now, out)
+            self._load(record, ask, decision, since, now, out)
         elif decision.outcome is Outcome.EVICT:
-            self._evict(need, decision, owner, now, out)
+            self._evict(ask, decision, now, out)
         return decision
 
     def _load(
-        self,
-        record: DeploymentRecord,
-        need: Need,
-        decision: Decision,
-        owner: str,
-        since: float,
-        now: float,
-        out: list[Action],
+        self, record: DeploymentRecord, ask: Ask, decision: Decision, since: float, now: float, out: list[Action]
     ) -> None:
         chosen = decision.chosen
         assert chosen is not None
         worker = self._cluster.workers[chosen.worker_id]
-        name, spec, facts = record.spec.name, record.spec, record.checkpoint
+        name, spec, facts, need = record.spec.name, record.spec, record.checkpoint, ask.need
         self._replica_numbers += 1
         replica_id = f"{record.slug}-{self._instance}{self._replica_numbers}"
+        room = self._cluster.rooms.pop(ask.owner, None)
+        self.counts.swaps += room is not None
         self._cluster.loads[replica_id] = PendingLoad(
             replica_id=replica_id,
             deployment=name,
@@ -156,13 +174,18 @@ class Placing:
             worker_id=worker.worker_id,
             server_id=worker.server_id,
             key=need.key,
-            memory_bytes=self._cluster.memory_bytes(need, worker),
+            memory_bytes=self._share_bytes(ask, chosen),
             weight_bytes=need.weight_bytes,
             expires_at=now + self._rules.command_s,
+            peer_worker_ids=chosen.worker_ids[1:],
         )
-        self._cluster.rooms.pop(owner, None)
         self.counts.decisions += 1
-        self.decisions.append(decision)
+        self.decisions.decided(decision, replica_id, now)
+        self.predicted[replica_id] = chosen.startup
+        self._outlook.estimator.promised(
+            worker.server_id, replica_id, self._missing_bytes(need.key, need.weight_bytes, chosen), chosen.tier, now
+        )
+        self._fairness.placed(replica_id, name, spec.priority, chosen.startup.load_s, now)
         message = LoadReplica(
             replica_id=replica_id,
             deployment=name,
@@ -178,53 +201,70 @@ class Placing:
             ),
             kv_bytes=need.kv_bytes,
             checkpoint=facts,
+            peer_worker_ids=chosen.worker_ids[1:],
         )
         out.append(CommandLoad(worker.worker_id, message, since))
-        out.append(
-            Decided(
-                {
-                    "deployment": name,
-                    "replica_id": replica_id,
-                    "worker_id": worker.worker_id,
-                    "server_id": worker.server_id,
-                    "tier": chosen.tier,
-                    "outstanding": self._cluster.outstanding(name),
-                    "candidates": len(decision.candidates),
-                    "for_move": owner != name,
-                    "reasons": decision.reasons(),
-                },
-                since,
-            )
-        )
+        facts_told: dict[str, Fact] = {
+            "deployment": name,
+            "replica_id": replica_id,
+            "worker_id": worker.worker_id,
+            "server_id": worker.server_id,
+            "tier": chosen.tier,
+            "outstanding": self._cluster.outstanding(name),
+            "candidates": len(decision.candidates) + decision.more,
+            "estimate_s": round(chosen.startup.total_s, 4),
+            "for_move": ask.owner != name,
+            "reasons": decision.reason,
+        }
+        out.append(Decided(facts_told, since))
 
-    def _evict(self, need: Need, decision: Decision, owner: str, now: float, out: list[Action]) -> None:
+    def _evict(self, ask: Ask, decision: Decision, now: float, out: list[Action]) -> None:
         chosen = decision.chosen
         assert chosen is not None
         cluster = self._cluster
-        worker = cluster.workers[chosen.worker_id]
-        self.decisions.append(decision)
-        asked = [self.stop(cluster.replicas[one.replica_id], "evicted", now, out) for one in decision.victims]
-        self.counts.evictions += sum(asked)
-        cluster.rooms[owner] = Room(
-            deployment=need.deployment,
-            worker_ids=(worker.worker_id,),
-            server_id=worker.server_id,
-            key=need.key,
-            memory_bytes=cluster.memory_bytes(need, worker),
-            weight_bytes=need.weight_bytes,
-            victims=tuple(one.replica_id for one in decision.victims),
-            expires_at=now + self._rules.command_s,
+        self.decisions.decided(decision, "", now)
+        leaving = [cluster.replicas[id] for id in chosen.room.stops]
+        self.reserve(ask.owner, ask, chosen, now, now + self._rules.command_s)
+        self.counts.evictions += sum(self.stop(one, "evicted", now, out) for one in leaving)
+        victims = ", ".join(f"{one.deployment} ({cluster.idle_s(one, now):.1f} s idle)" for one in leaving)
+        out.append(Note("placement.evicted", self.told(ask, decision, victims=victims)))
+
+    def reserve(self, owner: str, ask: Ask, chosen: Candidate, now: float, until: float) -> None:
+        """Nobody else may take what those who leave for `owner` give back, until then."""
+        self._cluster.rooms[owner] = Room(
+            deployment=ask.need.deployment,
+            worker_ids=chosen.worker_ids,
+            server_id=chosen.server_id,
+            key=ask.need.key,
+            memory_bytes=self._share_bytes(ask, chosen),
+            weight_bytes=ask.need.weight_bytes,
+            victims=chosen.room.victims,
+            expires_at=until,
             owner=owner,
         )
-        out.append(
-            Note(
-                "placement.evicted",
-                {
-                    "deployment": need.deployment,
-                    "worker_id": worker.worker_id,
-                    "server_id": worker.server_id,
-                    "victims": ", ".join(f"{one.deployment} ({one.idle_s:.1f} s idle)" for one in decision.victims),
-                    "reasons": decision.reasons(),
-                },
-            )
-        )
+
+    def told(self, ask: Ask, decision: Decision, *, victims: str) -> dict[str, Fact]:
+        """The facts of a line about room that is being made."""
+        chosen = decision.chosen
+        assert chosen is not None
+        return {
+            "deployment": ask.need.deployment,
+            "worker_id": chosen.worker_id,
+            "server_id": chosen.server_id,
+            "victims": victims,
+            "estimate_s": round(chosen.startup.total_s, 4),
+            "reasons": decision.reason,
+        }
+
+    def _share_bytes(self, ask: Ask, chosen: Candidate) -> int:
+        """Bytes of each of the chosen workers."""
+        return -(-self._cluster.memory_bytes(ask.need, self._cluster.workers[chosen.worker_id]) // ask.devices)
+
+    def _missing_bytes(self, key: str, weight_bytes: int, chosen: Candidate) -> int:
+        if chosen.tier == "dram":
+            return 0
+        server = self._cluster.servers[chosen.server_id]
+        return max(0, weight_bytes - server.dram.get(key, 0))
+
+
+__all__ = ["Counts", "Decide", "Placing", "workers_of"]
