@@ -76,7 +76,7 @@ TABLE: Final[dict[Code, Kind]] = {
     Code.CHECKPOINT_CORRUPT: _row(503, True, "The checkpoint's bytes do not match their checksums."),
     Code.OUT_OF_MEMORY: _row(503, True, "There is not enough memory."),
     Code.WORKER_LOST: _row(502, True, "The worker was lost and the request could not be resumed."),
-    Code.STALE_EPOCH: _row(500, False, "An old owner of a request spoke."),
+    Code.STALE_EPOCH: _row(500, False, "An old owner of a request, or an old leader, spoke."),
     Code.CANCELLED: _row(499, False, "The client left."),
     Code.INTERNAL: _row(500, True, "Hearth failed; this is our fault."),
 }
@@ -86,13 +86,15 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, tag="failure", omit_def
     """A failure as data: what crosses the bus and what cores decide on.
 
     `message` is one sentence for a person; `param` names the offending field where there is one; `retry_after_s` is
-    a hint in seconds for retryable failures.
+    a hint in seconds for retryable failures; `term`, with `stale_epoch`, the highest term of a leader that whoever
+    refuses has heard of.
     """
 
     code: Code
     message: str
     param: str | None = None
     retry_after_s: float | None = None
+    term: int = 0
 
     @property
     def kind(self) -> Kind:

@@ -13,13 +13,15 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Final, Generic, TypeVar
+
+import msgspec
 
 from shared import log, metrics
 from shared.bus import Bus
 from shared.contracts.events import ClusterEvent, RecordChanged
-from shared.contracts.records import Phase, Record
+from shared.contracts.records import GatewayRecord, Phase, Record, ReplicaRecord, ServerRecord
 from shared.errors import HearthError
 from shared.registry import Registry, record_id, record_kind
 from shared.settings import CommonSettings, SettingsError, load
@@ -32,6 +34,22 @@ STUCK_AFTER_S: Final = 20.0
 # A record is written again after this many times what making it took: a server with thousands of checkpoints must not
 # spend its time on telling of each of a thousand acquires. A small record takes microseconds.
 REST: Final = 50
+# What changes all the time and decides nothing at once: whoever keeps a picture sees it at its next look, and is not
+# told to read a record again because of it.
+NOISE: Final[dict[type, tuple[str, ...]]] = {
+    GatewayRecord: ("open_requests",),
+    ReplicaRecord: (
+        "context_tokens", "generated_tokens", "idle_s", "left_tokens", "load", "output_tokens", "prefill_token_s",
+        "step_s",
+    ),
+    ServerRecord: (
+        "dram_arriving", "load_drain_s", "load_queue_bytes", "peer_bytes_per_s", "remote_bytes_per_s", "ssd_arriving",
+        "ssd_bytes_per_s",
+    ),
+}  # fmt: skip
+# A service that starts says that it waits for NATS or Redis after so long, and asks Redis again so often.
+SAY_AFTER_S: Final = 1.0
+ASK_AGAIN_S: Final = 0.25
 
 
 class _Finished(Exception):
@@ -48,19 +66,28 @@ class Heartbeat:
         self._missed = False
         self._ended = False
         self._rest_s = 0.0
+        self._told: Record | None = None
         self._over = asyncio.Event()
 
     def touch(self) -> None:
         """The record changed: write it (at once, if the last time is not just over) and tell who keeps a picture."""
         self._touched.set()
 
+    def tell_again(self) -> None:
+        """What was told may not have been heard: write the record and tell, changed or not."""
+        self._told = None
+        self._touched.set()
+
     async def push(self) -> None:
-        """Write the record and tell."""
+        """Write the record; tell if more than `NOISE` changed since that was told."""
         began = time.perf_counter()
         record = self._make(self._context.phase)
         self._rest_s = min(REST * (time.perf_counter() - began), self._context.settings.heartbeat_s / 2)
         await self._context.registry.put(record, ttl_s=self._context.settings.record_ttl_s)
-        self._context.changed(type(record), record_id(record))
+        told = msgspec.structs.replace(record, **dict.fromkeys(NOISE.get(type(record), ())))
+        if told != self._told:
+            self._told = told
+            self._context.changed(type(record), record_id(record))
 
     async def run(self) -> None:
         """Beat until cancelled or ended."""
@@ -124,6 +151,11 @@ class Context(Generic[S]):
         self.phase = Phase.STARTING
         self.log = log.get(service)
         self._beats: list[Heartbeat] = []
+        bus.on_reconnect(self._tell_again)
+
+    def _tell_again(self) -> None:
+        for beat in self._beats:
+            beat.tell_again()
 
     def heartbeat(self, make_record: Callable[[Phase], Record]) -> Heartbeat:
         """Keep a record from now on; it is removed when the service ends."""
@@ -200,23 +232,55 @@ async def run_service(
 ) -> None:
     """One whole life of a service on the running loop. `stopping`, when given, begins the drain (tests).
 
-    Raises `HearthError` (unavailable) if NATS or Redis cannot be reached at the start.
+    NATS and Redis are waited for at the start, `start_wait_s` each. Raises `HearthError` (unavailable) after that.
     """
-    async with (
-        Bus.connect(settings.nats_url, name=id, prefix=settings.prefix) as bus,
-        Registry.connect(settings.redis_url, prefix=settings.prefix) as registry,
-    ):
-        await registry.ping()
+    stopping = stopping or asyncio.Event()
+    wait_s = settings.start_wait_s
+    async with contextlib.AsyncExitStack() as stack:
+        with _said_after(SAY_AFTER_S, service, "NATS"):
+            bus = await stack.enter_async_context(
+                Bus.connect(settings.nats_url, name=id, prefix=settings.prefix, wait_s=wait_s)
+            )
+        registry = await stack.enter_async_context(Registry.connect(settings.redis_url, prefix=settings.prefix))
+        with _said_after(SAY_AFTER_S, service, "Redis"):
+            await _until_answered(registry, wait_s, stopping)
+        if stopping.is_set():
+            return
         try:
             async with asyncio.TaskGroup() as tasks:
                 context = Context(service=service, id=id, settings=settings, bus=bus, registry=registry, tasks=tasks)
-                if stopping is not None:
-                    context.stopping = stopping
+                context.stopping = stopping
                 await serve(context)
                 await context.close()
                 raise _Finished
         except* _Finished:
             pass
+
+
+@contextlib.contextmanager
+def _said_after(after_s: float, service: str, what: str) -> Iterator[None]:
+    """Say that the service waits for `what` if that takes longer."""
+    logger = log.get(service)
+    saying = asyncio.get_running_loop().call_later(after_s, lambda: logger.warning("service.waiting", on=what))
+    try:
+        yield
+    finally:
+        saying.cancel()
+
+
+async def _until_answered(registry: Registry, wait_s: float, stopping: asyncio.Event) -> None:
+    """Ask until Redis answers or the service is to stop. Raises `HearthError` (unavailable) after `wait_s`."""
+    until = time.monotonic() + wait_s
+    while not stopping.is_set():
+        try:
+            await registry.ping()
+            return
+        except HearthError:
+            if time.monotonic() >= until:
+                raise
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ASK_AGAIN_S):
+                await stopping.wait()
 
 
 def run(service: str, settings_type: type[S], serve: Serve[S]) -> int:

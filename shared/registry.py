@@ -1,6 +1,7 @@
 """The registry: Redis, typed. The only importer of `redis`. What is true about the cluster is here; the bus only hints.
 
-Each record has exactly one writer; all but deployments vanish when their writer's heartbeat stops.
+Each record has exactly one writer; all but deployments vanish when their writer's heartbeat stops. Beside the records
+lie the lease of the scheduler that leads and the highest term that was ever given with it.
 """
 
 from __future__ import annotations
@@ -8,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, Generic, TypeVar, cast
 
 import msgspec
 import redis.asyncio as redis
 from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialBackoff
+from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.exceptions import RedisError
 
 from shared import codec
@@ -41,6 +42,41 @@ KINDS: Final[dict[type, str]] = {
 }
 
 
+# Keys of one look and values of one read: each part takes the loop a few milliseconds, and others run in between.
+SCAN_KEYS: Final = 500
+READ_VALUES: Final = 200
+
+# Keys: the lease, the highest term. Arguments: holder, milliseconds, a term that the new one must exceed. The value of
+# the lease is "holder term". A holder whose first call was answered too late for it to hear may ask again.
+_ACQUIRE: Final = """
+local held = redis.call('GET', KEYS[1])
+if held and string.sub(held, 1, #ARGV[1] + 1) ~= ARGV[1] .. ' ' then
+    return {0, redis.call('PTTL', KEYS[1])}
+end
+local highest = math.max(tonumber(redis.call('GET', KEYS[2]) or '0'), tonumber(ARGV[3]))
+local term = string.format('%d', highest + 1)
+redis.call('SET', KEYS[2], term)
+redis.call('SET', KEYS[1], ARGV[1] .. ' ' .. term, 'PX', ARGV[2])
+return {tonumber(term), 0}
+"""
+# Key: the lease. Arguments: its value, milliseconds.
+_RENEW: Final = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+return redis.call('PEXPIRE', KEYS[1], ARGV[2])
+"""
+# Key: the lease. Argument: its value.
+_RELEASE: Final = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+return redis.call('DEL', KEYS[1])
+"""
+# Keys: the lease, a record. Arguments: the lease's value, the record ("": delete it).
+_WRITE: Final = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+if ARGV[2] == '' then redis.call('DEL', KEYS[2]) else redis.call('SET', KEYS[2], ARGV[2]) end
+return 1
+"""
+
+
 def record_kind(kind: type) -> str:
     """The name of a kind of record, as in keys and `RecordChanged.kind`."""
     return KINDS[kind]
@@ -53,12 +89,38 @@ def record_id(record: Record) -> str:
     return cast(str, getattr(record, f"{KINDS[type(record)]}_id"))
 
 
+class _Records(Generic[T]):
+    """The records of a kind as they were decoded last. Most are the same at the next look."""
+
+    def __init__(self, kind: type[T]) -> None:
+        self._kind = kind
+        self._known: dict[bytes, tuple[bytes, T]] = {}
+
+    async def read(self, found: dict[bytes, bytes]) -> list[T]:
+        """All records, ordered by key, of key → bytes; those that are not in it are forgotten. Raises `CodecError`."""
+        known: dict[bytes, tuple[bytes, T]] = {}
+        fresh = 0
+        for key in sorted(found):
+            data = found[key]
+            old = self._known.get(key)
+            if old is None or old[0] != data:
+                old = (data, codec.decode(data, self._kind))
+                fresh += 1
+                if fresh % READ_VALUES == 0:
+                    await asyncio.sleep(0)
+            known[key] = old
+        self._known = known
+        return [record for _, record in known.values()]
+
+
 class Registry:
     """A connection to Redis. Use `Registry.connect`. Every method raises `HearthError` (unavailable) without Redis."""
 
     def __init__(self, client: redis.Redis, prefix: str) -> None:
         self._redis = client
         self._root = f"{prefix}:hearth" if prefix else "hearth"
+        self._records: dict[type, _Records[Any]] = {kind: _Records(kind) for kind in KINDS}
+        self._write = client.register_script(_WRITE)
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -72,6 +134,26 @@ class Registry:
         )
         try:
             yield cls(client, prefix)
+        finally:
+            await client.aclose()
+
+    @contextlib.asynccontextmanager
+    async def lease(self, holder: str, *, ttl_s: float) -> AsyncIterator[LeaderLease]:
+        """The lease of the scheduler that leads, for `holder` (no spaces; of no other process, ever).
+
+        It has a connection of its own, which no larger answer delays, and tries nothing twice: who asks knows when.
+        """
+        timeout_s = ttl_s / 2
+        url = self._redis.connection_pool.connection_kwargs
+        pool = redis.ConnectionPool(
+            connection_class=self._redis.connection_pool.connection_class,
+            **(
+                url | {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "retry": Retry(NoBackoff(), 0)}
+            ),
+        )
+        client = redis.Redis.from_pool(pool)
+        try:
+            yield LeaderLease(client, self._root, holder, ttl_s)
         finally:
             await client.aclose()
 
@@ -99,13 +181,43 @@ class Registry:
         return None if data is None else codec.decode(cast(bytes, data), kind)
 
     async def all(self, kind: type[T]) -> list[T]:
-        """Every record of a kind, ordered by id."""
+        """Every record of a kind, ordered by id. Raises `CodecError` for one that cannot be read."""
+        found = await self._look(f"{self._root}:{KINDS[kind]}:*")
+        return cast(list[T], await self._records[kind].read(found.get(KINDS[kind], {})))
+
+    async def _look(self, pattern: str) -> dict[str, dict[bytes, bytes]]:
+        """Kind → key → bytes of all that matches."""
+        found: dict[str, dict[bytes, bytes]] = {}
+        start = len(self._root) + 1
         with _redis_errors():
-            keys = sorted(
-                [key async for key in self._redis.scan_iter(match=f"{self._root}:{KINDS[kind]}:*", count=1000)]
-            )
-            values = await self._redis.mget(keys) if keys else []
-        return [codec.decode(cast(bytes, data), kind) for data in values if data is not None]
+            keys = sorted({key async for key in self._redis.scan_iter(match=pattern, count=SCAN_KEYS)})
+            for first in range(0, len(keys), READ_VALUES):
+                part = keys[first : first + READ_VALUES]
+                for key, data in zip(part, cast(list[bytes | None], await self._redis.mget(part)), strict=True):
+                    if data is not None:
+                        found.setdefault(key[start:].split(b":", 1)[0].decode(), {})[key] = data
+                await asyncio.sleep(0)
+        return found
+
+    async def write(self, record: DeploymentRecord, lease: str) -> None:
+        """Write a record for good, if the lease still has this value (`LeaderLease.value`).
+
+        Raises `HearthError` (stale_epoch) if not.
+        """
+        await self._write_if(lease, self._key(type(record), record_id(record)), codec.encode(record))
+
+    async def erase(self, kind: type, id: str, lease: str) -> None:
+        """Remove a record, fine if it is gone, if the lease still has this value.
+
+        Raises `HearthError` (stale_epoch) if not.
+        """
+        await self._write_if(lease, self._key(kind, id), b"")
+
+    async def _write_if(self, lease: str, key: str, data: bytes) -> None:
+        with _redis_errors():
+            done = await self._write(keys=[_lease_key(self._root), key], args=[lease, data])
+        if not done:
+            raise HearthError(Code.STALE_EPOCH, "Another scheduler leads, or none does.")
 
     async def delete(self, kind: type, id: str) -> None:
         """Remove a record; fine if it is gone."""
@@ -114,14 +226,61 @@ class Registry:
 
     async def view(self) -> ClusterView:
         """Everything that the registry holds (queue depths are the bus's)."""
+        found = await self._look(f"{self._root}:*")
+
+        async def records(kind: type[T]) -> tuple[T, ...]:
+            return tuple(await self._records[kind].read(found.get(KINDS[kind], {})))
+
         return ClusterView(
-            servers=tuple(await self.all(ServerRecord)),
-            workers=tuple(await self.all(WorkerRecord)),
-            replicas=tuple(await self.all(ReplicaRecord)),
-            deployments=tuple(await self.all(DeploymentRecord)),
-            gateways=tuple(await self.all(GatewayRecord)),
-            schedulers=tuple(await self.all(SchedulerRecord)),
+            servers=await records(ServerRecord),
+            workers=await records(WorkerRecord),
+            replicas=await records(ReplicaRecord),
+            deployments=await records(DeploymentRecord),
+            gateways=await records(GatewayRecord),
+            schedulers=await records(SchedulerRecord),
         )
+
+
+class LeaderLease:
+    """See `Registry.lease`. Every method raises `HearthError` (unavailable) if Redis does not answer within half a TTL;
+    what was asked may then have been done all the same."""
+
+    def __init__(self, client: redis.Redis, root: str, holder: str, ttl_s: float) -> None:
+        assert " " not in holder
+        self._holder = holder
+        self._ttl_ms = int(ttl_s * 1000)
+        self._lease = _lease_key(root)
+        self._term = f"{root}:term"
+        self._acquire = client.register_script(_ACQUIRE)
+        self._renew = client.register_script(_RENEW)
+        self._release = client.register_script(_RELEASE)
+
+    def value(self, term: int) -> str:
+        """What the registry holds while the holder has the lease under this term."""
+        return f"{self._holder} {term}"
+
+    async def acquire(self, at_least: int) -> tuple[int, float]:
+        """Take the lease unless another holder has it: (a term that was never given before and is above `at_least`, 0),
+        or (0, the seconds that it lasts for whoever has it)."""
+        with _redis_errors():
+            term, left_ms = await self._acquire(
+                keys=[self._lease, self._term], args=[self._holder, self._ttl_ms, at_least]
+            )
+        return int(term), max(0, int(left_ms)) / 1000
+
+    async def renew(self, term: int) -> bool:
+        """Have it last for the whole TTL again; whether the holder had it still, under this term."""
+        with _redis_errors():
+            return bool(await self._renew(keys=[self._lease], args=[self.value(term), self._ttl_ms]))
+
+    async def release(self, term: int) -> bool:
+        """Give it back; whether the holder had it still, under this term."""
+        with _redis_errors():
+            return bool(await self._release(keys=[self._lease], args=[self.value(term)]))
+
+
+def _lease_key(root: str) -> str:
+    return f"{root}:lease"
 
 
 @contextlib.contextmanager

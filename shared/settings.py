@@ -47,8 +47,9 @@ class CommonSettings(msgspec.Struct, frozen=True, kw_only=True):
     ] = "auto"
     metrics_port: Annotated[Port, _doc("port of /metrics on services without HTTP of their own; 0: none")] = 0
     metrics_host: Annotated[str, _doc("address of /metrics on services without HTTP of their own")] = "127.0.0.1"
-    heartbeat_s: Annotated[Seconds, _doc("seconds between refreshes of a record")] = 1.0
-    record_ttl_s: Annotated[Seconds, _doc("seconds after which a record without heartbeat is gone")] = 5.0
+    heartbeat_s: Annotated[Seconds, _doc("seconds between refreshes of a record")] = 0.7
+    record_ttl_s: Annotated[Seconds, _doc("seconds after which a record without heartbeat is gone")] = 2.2
+    start_wait_s: Annotated[Seconds, _doc("seconds that a service waits at its start for NATS, and for Redis")] = 30.0
     drain_s: Annotated[Seconds, _doc("seconds that running requests get at shutdown to move away or to end")] = 30.0
     ack_wait_s: Annotated[Seconds, _doc("seconds after which the queue gives a silent worker's request to another")] = (
         5.0
@@ -94,7 +95,16 @@ class SchedulerSettings(CommonSettings, frozen=True, kw_only=True):
 
     scheduler_id: Annotated[Id, _doc("id of this scheduler; empty: made up at start")] = ""
     queue_limit: Annotated[Count, _doc("requests outstanding per deployment over all gateways")] = 4096
-    look_interval_s: Annotated[Seconds, _doc("seconds between looks at the registry and the queues")] = 1.0
+    look_interval_s: Annotated[Seconds, _doc("seconds between looks at the registry and the queues")] = 0.75
+    leader_ttl_s: Annotated[
+        Seconds, _doc("seconds after which the lease of a leader that does not renew it passes to a standby")
+    ] = 1.5
+    leader_renew_s: Annotated[
+        Seconds, _doc("seconds between two renewals of the lease, and between two looks of a standby at it")
+    ] = 0.4
+    leader_margin_s: Annotated[
+        Seconds, _doc("seconds before its lease ends at which a leader that could not renew it stops to command")
+    ] = 0.3
     command_timeout_s: Annotated[Seconds, _doc("seconds after which a command without visible effect is forgotten")] = (
         10.0
     )
@@ -128,6 +138,7 @@ class WorkerSettings(CommonSettings, frozen=True, kw_only=True):
     kv_bytes_max: Annotated[Bytes, _doc("largest KV cache of one replica in bytes (one full context always fits)")] = (
         256 * 2**20
     )
+    labels: Annotated[str, _doc("labels that deployments may choose this worker by, such as gpu=a40,zone=b")] = ""
 
     @property
     def own_id(self) -> str:
@@ -138,7 +149,6 @@ class WorkerSettings(CommonSettings, frozen=True, kw_only=True):
 class StoreSettings(CommonSettings, frozen=True, kw_only=True):
     """`hearth store`."""
 
-    labels: Annotated[str, _doc("labels that deployments may choose this worker by, such as gpu=a40,zone=b")] = ""
     server_id: Annotated[Id, _doc("id of this server")] = "server-1"
     store_dir: Annotated[str, _doc("directory of the SSD tier")] = ".hearth/store"
     shm_dir: Annotated[str, _doc("directory of the DRAM pool's shared-memory file (a tmpfs)")] = "/dev/shm"
@@ -178,6 +188,7 @@ class StoreSettings(CommonSettings, frozen=True, kw_only=True):
     peer_url: Annotated[str, _doc("where other stores reach this one; empty: http:// with the two above")] = ""
     peer_token: Annotated[str, _doc("secret that the stores of a cluster share; empty: chunks are not served")] = ""
     peer_token_file: Annotated[str, _doc("file that holds the secret, instead of the variable")] = ""
+    labels: Annotated[str, _doc("labels that deployments may choose this server by, such as gpu=a40,zone=b")] = ""
 
     @property
     def own_id(self) -> str:
@@ -188,7 +199,6 @@ class StoreSettings(CommonSettings, frozen=True, kw_only=True):
 SERVICES: Final[dict[str, type[CommonSettings]]] = {
     "gateway": GatewaySettings,
     "scheduler": SchedulerSettings,
-    labels: Annotated[str, _doc("labels that deployments may choose this server by, such as gpu=a40,zone=b")] = ""
     "worker": WorkerSettings,
     "store": StoreSettings,
 }

@@ -1,10 +1,14 @@
-"""The shell: messages become events, actions become effects. No decision is taken here."""
+"""The shell: messages become events, actions become effects. No decision is taken here.
+
+Whoever leads has one; whether it may command at this moment is the leader's business (`Authority`).
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from typing import assert_never
+from typing import Protocol, assert_never
 
 import msgspec
 from prometheus_client import Counter, Gauge, Histogram
@@ -59,7 +63,8 @@ from services.scheduler.events import (
     StopRefused,
     WriteDeployment,
 )
-from shared.bus import Reply
+from services.scheduler.gate import Gate
+from shared.bus import Reply, Subscription
 from shared.codec import CodecError
 from shared.contracts.events import RecordChanged
 from shared.contracts.migration import MigrationEnded, Move, Moved, Moving, Relief
@@ -94,6 +99,9 @@ RECORDS: dict[str, type[ServerRecord] | type[WorkerRecord] | type[ReplicaRecord]
     "replica": ReplicaRecord,
 }
 
+# What was read while the lease was lost, or just before: records may have expired, and nobody has written them again.
+AWAY = Failure(code=Code.UNAVAILABLE, message="The registry was away while it was read.")
+
 DECISIONS = Counter(
     "hearth_scheduler_decisions_total", "Replicas placed, by the tier of the checkpoint there", ["tier"]
 )
@@ -106,55 +114,118 @@ MOVING = Gauge("hearth_scheduler_requests_moving", "Requests of moves that are n
 OUTSTANDING = Gauge("hearth_scheduler_requests_outstanding", "Requests waiting or running", ["deployment"])
 
 
-class Service:
-    """Carries out what the core wants."""
+class Authority(Protocol):
+    """The right to command. `pauses` counts the times that it was lost, for good or for a while."""
 
-    def __init__(self, context: Context[SchedulerSettings], core: Core) -> None:
+    @property
+    def pauses(self) -> int:
+        """How often it was lost."""
+
+    async def granted(self) -> int:
+        """Wait until commands are allowed; the term that they carry."""
+
+    def refused(self, failure: Failure) -> None:
+        """A command was answered with this failure."""
+
+    async def write(self, record: DeploymentRecord) -> None:
+        """Write a deployment's record, if nobody else leads. Raises `HearthError`."""
+
+    async def erase(self, name: str) -> None:
+        """Remove a deployment's record, if nobody else leads. Raises `HearthError`."""
+
+
+class Service:
+    """Carries out what the core wants, while it is allowed to."""
+
+    def __init__(self, context: Context[SchedulerSettings], core: Core, authority: Authority) -> None:
         self._context = context
         self._core = core
+        self._authority = authority
+        self._gate = Gate(core)
+        self._held = False
+        self._subscriptions: list[Subscription] = []
         self._clock = time.monotonic
         self._shown: frozenset[str] = frozenset()
         self.oriented = asyncio.Event()
-        self.driver: Driver[Event, Action] = Driver(core, tell=self._tell, do=self._do, long=LONG, clock=self._clock)
+        self.driver: Driver[Event, Action] = Driver(
+            self._gate, tell=self._tell, do=self._do, long=LONG, clock=self._clock
+        )
+
+    async def run(self) -> None:
+        """Listen and work until cancelled."""
+        try:
+            await self.listen()
+            await self.driver.run()
+        finally:
+            for one in self._subscriptions:
+                await one.close()
+
+    def hold(self) -> None:
+        """Decide and command nothing until `go_on`."""
+        self._held = True
+        self._gate.hold()
+
+    def go_on(self) -> None:
+        """Go on with the same picture, and look at everything at once."""
+        self._held = False
+        self._gate.go_on()
+        self.reconnected()
+
+    def reconnected(self) -> None:
+        """Messages may have been lost."""
+        self.driver.post(Reconnected())
 
     async def listen(self) -> None:
         """Subscribe to everything that concerns a scheduler."""
         bus = self._context.bus
-        bus.on_reconnect(lambda: self.driver.post(Reconnected()))
-        await bus.subscribe(DEMAND, self._demand)
-        await bus.subscribe(RECORD_CHANGED, self._record_changed, kind="*")
-        await bus.subscribe(REPLICA_FAILED, self._replica_failed)
-        await bus.serve(DEPLOY, self._deploy, group="scheduler")
-        await bus.serve(DELETE, self._delete, group="scheduler")
-        await bus.serve(MOVE, self._move, group="scheduler")
-        await bus.subscribe(MIGRATION_ENDED, self._migration_ended, worker_id="*")
-        await bus.subscribe(RELIEF, self._relief)
+        self._subscriptions += [
+            await bus.subscribe(DEMAND, self._demand),
+            await bus.subscribe(RECORD_CHANGED, self._record_changed, kind="*"),
+            await bus.subscribe(REPLICA_FAILED, self._replica_failed),
+            await bus.serve(DEPLOY, self._deploy, group="scheduler"),
+            await bus.serve(DELETE, self._delete, group="scheduler"),
+            await bus.serve(MOVE, self._move, group="scheduler"),
+            await bus.subscribe(MIGRATION_ENDED, self._migration_ended, worker_id="*"),
+            await bus.subscribe(RELIEF, self._relief),
+        ]
+        with contextlib.suppress(HearthError):  # without NATS: what is missed is seen by looking, as ever
+            await bus.flush()
 
     # -- messages → events ---------------------------------------------------------------------------------------
 
     def _demand(self, message: Demand) -> None:
-        self.driver.post(DemandHinted(message.deployment, self._clock()))
+        self._hint(DemandHinted(message.deployment, self._clock()))
 
     def _record_changed(self, message: RecordChanged) -> None:
-        self.driver.post(RecordHinted(message.kind, message.id, message.deleted))
+        self._hint(RecordHinted(message.kind, message.id, message.deleted))
 
     def _replica_failed(self, message: ReplicaFailed) -> None:
         self.driver.post(ReplicaBroke(message.replica_id, message.deployment, message.worker_id, message.failure))
 
     def _deploy(self, message: Deploy, reply: Reply[Deploying | Deployed]) -> None:
-        self.driver.post(DeployAsked(message.spec, message.wait_s, time.time(), reply))
+        self._asked(DeployAsked(message.spec, message.wait_s, time.time(), reply))
 
     def _delete(self, message: Delete, reply: Reply[Done]) -> None:
-        self.driver.post(DeleteAsked(message.deployment, reply))
+        self._asked(DeleteAsked(message.deployment, reply))
 
     def _move(self, message: Move, reply: Reply[Moving | Moved]) -> None:
-        self.driver.post(MoveAsked(message, reply))
+        self._asked(MoveAsked(message, reply))
 
     def _migration_ended(self, message: MigrationEnded) -> None:
         self.driver.post(MigrationHeard(message))
 
     def _relief(self, message: Relief) -> None:
         self.driver.post(ReliefAsked(message))
+
+    def _hint(self, event: DemandHinted | RecordHinted) -> None:
+        if not self._held:  # looking, when it goes on, tells more than what was missed
+            self.driver.post(event)
+
+    def _asked(self, event: DeployAsked | DeleteAsked | MoveAsked) -> None:
+        if self._held:
+            event.reply(Failure(code=Code.UNAVAILABLE, message="The scheduler has lost the registry (Redis)."))
+        else:
+            self.driver.post(event)
 
     # -- actions → effects ---------------------------------------------------------------------------------------
 
@@ -205,10 +276,14 @@ class Service:
                 assert_never(action)
 
     async def _read_registry(self, action: ReadRegistry) -> Event:
+        pauses = self._authority.pauses
         try:
-            return RegistryRead(await self._context.registry.view(), action.asked_at)
+            view = await self._context.registry.view()
         except (HearthError, CodecError) as error:
             return RegistryUnread(_failure(error))
+        if self._authority.pauses != pauses:
+            return RegistryUnread(AWAY)
+        return RegistryRead(view, action.asked_at)
 
     async def _read_queues(self, action: ReadQueues) -> Event:
         self._show()
@@ -218,9 +293,12 @@ class Service:
             return QueuesUnread(error.failure)
 
     async def _read_record(self, action: ReadRecord) -> Event:
+        pauses = self._authority.pauses
         try:
             record = await self._context.registry.get(RECORDS[action.kind], action.id)
         except (HearthError, CodecError):
+            return RecordUnread(action.kind, action.id)
+        if self._authority.pauses != pauses:
             return RecordUnread(action.kind, action.id)
         return RecordRead(action.kind, action.id, record)
 
@@ -255,7 +333,7 @@ class Service:
         record, context = action.record, self._context
         try:
             await context.bus.ensure_queue(record.slug, ack_wait_s=context.settings.ack_wait_s)
-            await context.registry.put(record, ttl_s=None)
+            await self._authority.write(record)
         except HearthError as error:
             return DeploymentUnwritten(record.spec.name, error.failure)
         context.changed(DeploymentRecord, record.spec.name)
@@ -264,8 +342,9 @@ class Service:
     async def _remove(self, action: RemoveDeployment) -> Event:
         record, context = action.record, self._context
         try:
+            await self._authority.granted()
             await context.bus.delete_queue(record.slug)
-            await context.registry.delete(DeploymentRecord, record.spec.name)
+            await self._authority.erase(record.spec.name)
         except HearthError as error:
             return DeploymentUnwritten(record.spec.name, error.failure)
         context.changed(DeploymentRecord, record.spec.name, deleted=True)
@@ -273,24 +352,30 @@ class Service:
 
     async def _load(self, action: CommandLoad) -> Event:
         decision_s = max(0.0, self._clock() - action.demanded_at)
-        message = msgspec.structs.replace(action.message, decision_s=decision_s)
+        term = await self._authority.granted()
+        message = msgspec.structs.replace(action.message, decision_s=decision_s, term=term)
         try:
             await self._context.bus.call(LOAD, message, worker_id=action.worker_id)
         except HearthError as error:
+            self._authority.refused(error.failure)
             return LoadRefused(message.replica_id, error.failure)
         return LoadAccepted(message.replica_id)
 
     async def _stop(self, action: CommandStop) -> Event:
+        message = msgspec.structs.replace(action.message, term=await self._authority.granted())
         try:
-            await self._context.bus.call(STOP, action.message, worker_id=action.worker_id)
+            await self._context.bus.call(STOP, message, worker_id=action.worker_id)
         except HearthError as error:
+            self._authority.refused(error.failure)
             return StopRefused(action.message.replica_id, error.failure)
         return StopAccepted(action.message.replica_id)
 
     async def _migrate(self, action: CommandMigrate) -> Event:
+        message = msgspec.structs.replace(action.message, term=await self._authority.granted())
         try:
-            answer = await self._context.bus.call(MIGRATE, action.message, worker_id=action.worker_id)
+            answer = await self._context.bus.call(MIGRATE, message, worker_id=action.worker_id)
         except HearthError as error:
+            self._authority.refused(error.failure)
             return MigrateRefused(action.move_id, action.leg, error.failure)
         return MigrateAccepted(action.move_id, action.leg, answer.request_ids)
 

@@ -7,7 +7,7 @@ import msgspec
 from shared.contracts import events, generation, migration, placement, records, requests, residency
 from shared.errors import Code, Failure
 
-FAILURE = Failure(code=Code.QUEUE_FULL, message="Full.", param="model", retry_after_s=1.5)
+FAILURE = Failure(code=Code.QUEUE_FULL, message="Full.", param="model", retry_after_s=1.5, term=7)
 SOURCE = residency.Source(url="/models/a", revision="main", dtype="bfloat16")
 CHECKPOINT = residency.Checkpoint(
     checkpoint_id="ck1",

@@ -161,10 +161,10 @@ async def until(condition: Callable[[], bool], what: str) -> None:
 
 
 async def until_ready(registry: Registry, id: str = "scheduler-1") -> None:
-    """Wait for the scheduler's own word."""
+    """Wait for the scheduler's own word that it leads."""
     for _ in range(1000):
         record = await registry.get(SchedulerRecord, id)
-        if record is not None and record.phase is Phase.READY:
+        if record is not None and record.phase is Phase.READY and record.term:
             return
         await asyncio.sleep(0.01)
     raise AssertionError("the scheduler does not become ready")
@@ -350,7 +350,7 @@ async def test_a_second_scheduler_waits_for_its_turn(
             await asyncio.sleep(0.6)
             record = await registry.get(SchedulerRecord, "scheduler-0")
             assert record is not None
-            assert record.phase is Phase.STARTING
+            assert (record.phase, record.term) == (Phase.READY, 0)
             first.stopping.set()
             await first.ended.wait()
             await until_ready(registry, "scheduler-0")
