@@ -29,6 +29,8 @@ from shared.contracts.records import (
 
 # A store says with its next record what a stopped replica gave back; until then it is taken for given back.
 RELEASE_S: Final = 1.5
+# A gateway repeats every second what waits; one that has been silent for longer is not believed any more.
+AGE_S: Final = 3.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +48,8 @@ class Need:
     devices: int = 1
 
     def memory_bytes(self, device: str, *, streams: bool = False) -> int:
-        """Bytes of the device, or of all devices together. On the CPU the parameters are views on the DRAM pool and cost
-        nothing more, unless they only stream through it: then they are memory of the worker's own."""
+        """Bytes of the device, or of all devices together. On the CPU the parameters are views on the DRAM pool and
+        cost nothing more, unless they only stream through it: then they are memory of the worker's own."""
         return self.kv_bytes if device == "cpu" and not streams else self.weight_bytes + self.kv_bytes
 
 
@@ -136,7 +138,7 @@ class Cluster:
         self.rooms: dict[str, Room] = Table(self._room_changed)
         self.depths: dict[str, int] = Table(self._depth_changed)
         self.hinted_at: dict[str, float] = {}
-        self.ages: dict[str, dict[str, tuple[int, float, float]]] = {}
+        self._ages: dict[str, dict[str, tuple[int, float, float]]] = {}  # by gateway: how many, since when, heard at
         self.depths_asked_at = -math.inf
         self.ready_at: dict[str, float] = {}
         self.releases = 0
@@ -379,6 +381,10 @@ class Cluster:
         for id in workers_of(replica):
             self._changed_workers[id] = None
 
+    def mark_server(self, id: str) -> None:
+        """What is known of its speed has changed."""
+        self._changed_servers[id] = None
+
     def take_written(self) -> list[str]:
         """Deployments whose records have changed since the last call."""
         names = sorted(self._written_names)
@@ -500,6 +506,27 @@ class Cluster:
     def outstanding(self, name: str) -> int:
         """Requests waiting or running, as far as known: a hint counts as one until the queues are read again."""
         return max(self.depths.get(name, 0), 1 if name in self.hinted_at else 0)
+
+    def heard_age(self, name: str, gateway_id: str, waiting: int, oldest_s: float, now: float) -> None:
+        """A gateway says how many requests run nowhere, and how long the oldest has waited."""
+        ages = self._ages.setdefault(name, {})
+        if waiting > 0:
+            ages[gateway_id] = (waiting, now - oldest_s, now)
+        else:
+            ages.pop(gateway_id, None)
+            if not ages:
+                del self._ages[name]
+        self._touched_names[name] = None
+
+    def oldest_at(self, name: str, now: float) -> float:
+        """The moment since which the oldest request waits that runs nowhere; infinite if nobody says so."""
+        ages = self._ages.get(name, {})
+        return min((since for _, since, heard in ages.values() if now - heard <= AGE_S), default=math.inf)
+
+    def waiting(self, name: str, now: float) -> int:
+        """Requests that run nowhere, as the gateways have said in the last seconds."""
+        ages = self._ages.get(name, {})
+        return sum(waiting for waiting, _, heard in ages.values() if now - heard <= AGE_S)
 
     # -- what is where ------------------------------------------------------------------------------------------
 

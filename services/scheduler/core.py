@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, assert_never
 
-from services.scheduler import autoscale
-from services.scheduler.cluster import Cluster, serves
+from services.scheduler import autoscale, choice
+from services.scheduler.clearing import Clearing
+from services.scheduler.cluster import Cluster, PendingStop, serves
+from services.scheduler.decisions import Measured
 from services.scheduler.deployments import Deployments
+from services.scheduler.estimate import Estimator, Priors
 from services.scheduler.events import (
     Action,
     Answer,
@@ -26,10 +30,12 @@ from services.scheduler.events import (
     DeploymentUnwritten,
     DeploymentWritten,
     Event,
+    ExplainAsked,
     Fact,
     ImportDone,
     ImportMoved,
     LoadAccepted,
+    LoadMeasured,
     LoadRefused,
     MigrateAccepted,
     MigrateRefused,
@@ -39,6 +45,8 @@ from services.scheduler.events import (
     Note,
     OperationFailed,
     Oriented,
+    PrefetchDone,
+    PrefetchRefused,
     QueuesEnsured,
     QueuesRead,
     QueuesUnensured,
@@ -55,14 +63,17 @@ from services.scheduler.events import (
     StopAccepted,
     StopRefused,
 )
+from services.scheduler.fairness import Fairness
 from services.scheduler.health import Health
 from services.scheduler.looks import FOLLOWED, Looks
 from services.scheduler.moves import Moves
-from services.scheduler.placing import Placing
-from services.scheduler.policy import Decision, Outcome
+from services.scheduler.outlook import Outlook
+from services.scheduler.placing import Decide, Placing
 from services.scheduler.rules import Rules
+from services.scheduler.terms import Decision, Means, Outcome
 from shared.contracts.migration import MigrationReason
-from shared.contracts.records import DeploymentRecord, DeploymentState, ReplicaRecord, ReplicaState
+from shared.contracts.placement import Explain, Explanation, ReplicaLoaded
+from shared.contracts.records import DeploymentRecord, DeploymentState, ReplicaRecord, ReplicaState, ServerRecord
 from shared.errors import Code, Failure
 
 # Who waits for room is tried again when something may have made room, but not more often than this.
@@ -70,6 +81,8 @@ RETRY_S: Final = 0.1
 # What fits nowhere costs a close look each time; so many are looked at within one event, the others a moment later.
 MOST_TRIES: Final = 4
 LATER_S: Final = 0.02
+MOST_ERRORS: Final = 1024
+QUIET_S: Final = 2.0
 
 
 @dataclass(slots=True)
@@ -87,18 +100,30 @@ class Deferral:
 
 
 class Core:
-    """The scheduler's state machine. `instance` makes its replica ids distinct from those of earlier schedulers."""
+    """The scheduler's state machine. `instance` makes its replica ids distinct from those of earlier schedulers;
+    `decide` is the policy, `priors` what is believed before anything was measured."""
 
-    def __init__(self, rules: Rules, *, instance: str) -> None:
+    def __init__(
+        self, rules: Rules, *, instance: str, decide: Decide = choice.decide, priors: Priors | None = None
+    ) -> None:
         self.rules = rules
-        self.cluster = Cluster(kv_bytes_max=rules.kv_bytes_max)
-        self.deployments = Deployments(self.cluster)
-        self.placing = Placing(rules, self.cluster, instance=instance)
-        self.health = Health(rules, self.cluster, self.deployments, self.placing, self._review_at)
-        self.looks = Looks(rules, self.cluster)
-        self.moves = Moves(rules, self.cluster, self.placing, self.health.troubles)
+        self.cluster = cluster = Cluster(kv_bytes_max=rules.kv_bytes_max)
+        self.estimator = Estimator(priors or Priors())
+        self.fairness = Fairness(rules.fairness)
+        self.deployments = Deployments(cluster)
+        outlook = Outlook(rules, cluster, self.estimator, self.fairness, self._destinations, self._quiet)
+        self.placing = Placing(rules, cluster, outlook, self.fairness, decide, instance=instance)
+        self.health = Health(rules, cluster, self.deployments, self.placing, self._review_at)
+        self.looks = Looks(rules, cluster)
+        self.moves = Moves(rules, cluster, self.placing, self.health.troubles)
+        self.clearing = Clearing(rules, cluster, self.placing, self.fairness, self.moves.begin)
         self.counts = self.placing.counts
         self.decisions = self.placing.decisions
+        self.errors: list[Measured] = []  # of loads since this was last emptied, for metrics
+        self._instance = instance
+        self._bound_held = True
+        self._startups: dict[str, float] = {}
+        self._asked_at: dict[str, float] = {}
         self._oriented = False
         self._wanting_since: dict[str, float] = {}
         self._deferred: dict[str, Deferral] = {}
@@ -129,12 +154,14 @@ class Core:
         self.cluster.check()
         self.deployments.check()
         self.moves.check()
+        self.clearing.check()
+        self.fairness.check()
+        self.decisions.check()
         pairs = [(load.deployment, load.worker_id) for load in self.cluster.loads.values()]
         assert len(pairs) == len(frozenset(pairs)), f"a worker was told twice: {sorted(pairs)}"
         for name, room in self.cluster.rooms.items():
             assert room.expires_at < math.inf
             assert name == room.owner
-        assert len(self.decisions) <= self.rules.decisions_kept
 
     def desired(self) -> dict[str, tuple[int, int, int]]:
         """Deployment → replicas desired, replicas there or coming, requests outstanding (for metrics)."""
@@ -212,6 +239,13 @@ class Core:
                 self._stop_refused(event, now, out)
             case ReplicaBroke():
                 self._replica_broke(event, now, out)
+            case LoadMeasured():
+                self._load_measured(event.report, now)
+            case ExplainAsked():
+                out.append(Answer(event.reply, self._explanation(event.message, now)))
+                return False
+            case PrefetchDone() | PrefetchRefused():
+                return False
             case MoveAsked():
                 self.moves.asked(event, now, out)
             case MigrateAccepted():
@@ -219,6 +253,7 @@ class Core:
             case MigrateRefused():
                 self.moves.refused(event, now)
             case MigrationHeard():
+                self.estimator.migrated(event.message, now)
                 self.moves.heard(event.message, now)
             case ReliefAsked():
                 self.moves.relief(event.message, now, out)
@@ -230,8 +265,14 @@ class Core:
 
     def _registry_read(self, event: RegistryRead, now: float, out: list[Action]) -> None:
         self.looks.registry_read(out)
+        stops = dict(self.cluster.stops)
         for replica in self.cluster.replace(event.view, event.asked_at, now):
-            self._vanished(replica, now, out)
+            self._vanished(replica, stops.get(replica.replica_id), now)
+        for server in event.view.servers:
+            self.estimator.server_said(server, now)
+        for one in event.view.replicas:
+            self.estimator.replica_said(one, now)
+        self._count_places(now, out)
         if self._oriented:
             self.deployments.compare(event.view, event.asked_at, now, out)
         else:
@@ -257,6 +298,10 @@ class Core:
             return
         self.cluster.touched(event.kind, event.id, now)
         self.cluster.put(event.record, now)
+        if isinstance(event.record, ServerRecord):
+            self.estimator.server_said(event.record, now)
+        elif isinstance(event.record, ReplicaRecord):
+            self.estimator.replica_said(event.record, now)
         if isinstance(event.record, ReplicaRecord) and event.record.running == 0 and self._wanting_since:
             self.looks.queues_soon(now)  # somebody waits, and perhaps nobody needs this one any more
 
@@ -264,12 +309,14 @@ class Core:
         self.cluster.touched(kind, id, now)
         if kind == "server":
             self.cluster.remove_server(id)
+            self.estimator.forget_server(id)
         elif kind == "worker":
             self.cluster.remove_worker(id)
         else:
+            stop = self.cluster.stops.get(id)
             replica = self.cluster.remove_replica(id, now)
             if replica is not None:
-                self._vanished(replica, now, out)
+                self._vanished(replica, stop, now)
 
     def _demand_hinted(self, event: DemandHinted, now: float) -> bool:
         """Note the demand; whether it may change anything (most hints are for a replica that is there)."""
@@ -277,6 +324,12 @@ class Core:
         record = cluster.deployments.get(name)
         if record is None:
             return False
+        if not event.gateway_id:
+            self._asked_at[name] = now
+        else:
+            cluster.heard_age(name, event.gateway_id, event.waiting, event.oldest_s, now)
+            if event.waiting == 0:
+                return False
         cluster.hinted_at[name] = now
         have = len(cluster.serving(name)) + len(cluster.coming(name))
         if have < record.spec.max_replicas:
@@ -306,7 +359,8 @@ class Core:
 
     def _move_over(self, event: MoveOver, now: float, out: list[Action]) -> None:
         """Requests have left a replica, or have not: somebody may wait for its place."""
-        if event.move.reason is MigrationReason.PLACEMENT and self._wanting_since:
+        if event.move.reason is MigrationReason.PLACEMENT:
+            self.clearing.over(event.move, event.answer, now, out)
             self.looks.queues_soon(now)
 
     def _stop_refused(self, event: StopRefused, now: float, out: list[Action]) -> None:
@@ -321,14 +375,72 @@ class Core:
         for name in sorted(name for name, room in self.cluster.rooms.items() if id in room.victims):
             del self.cluster.rooms[name]
 
-    def _vanished(self, replica: ReplicaRecord, now: float, out: list[Action]) -> None:
+    def _vanished(self, replica: ReplicaRecord, stop: PendingStop | None, now: float) -> None:
         """A replica is gone."""
-        self.health.vanished(replica, now, asked=self.placing.gone(replica.replica_id))
+        id = replica.replica_id
+        if stop is not None and replica.running == 0:
+            self.estimator.stopped(now - (stop.expires_at - self.rules.command_s))
+        self._let_go(id, now)
+        self.health.vanished(replica, now, asked=self.placing.gone(id))
+
+    def _let_go(self, replica_id: str, now: float) -> None:
+        """It takes nothing any more: no place, no bandwidth."""
+        self.fairness.gone(replica_id, now)
+        self.estimator.settled(replica_id)
+        self.placing.predicted.pop(replica_id, None)
+
+    def _load_measured(self, report: ReplicaLoaded, now: float) -> None:
+        """What a load really took: the next estimates know."""
+        self.estimator.settled(report.replica_id)
+        for server_id in self.estimator.loaded(report, now):
+            self.cluster.mark_server(server_id)
+        predicted = self.placing.predicted.pop(report.replica_id, None)
+        if predicted is not None:
+            self.estimator.observed(report.replica_id, predicted, report)
+        measured = self.decisions.loaded(report, now)
+        if measured is not None and len(self.errors) < MOST_ERRORS:
+            self.errors.append(measured)
+
+    def _explanation(self, message: Explain, now: float) -> Explanation:
+        errors = self.estimator.errors()
+        return Explanation(
+            scheduler_id=self._instance,
+            term=0,
+            decisions=self.decisions.explain(message, now),
+            waiting=self.decisions.waiting(message.deployment),
+            median_error=errors.median,
+            p95_error=errors.p95,
+        )
+
+    def _count_places(self, now: float, out: list[Action]) -> None:
+        """How many can be served at once; and whether the bound on waiting can be held with that."""
+        self.fairness.set_places(len(self.cluster.ready_workers()))
+        bound = self.fairness.bound(now)
+        if bound.held != self._bound_held:
+            self._bound_held = bound.held
+            facts: dict[str, Fact] = {
+                "start_within_s": bound.start_within_s,
+                "least_s": round(bound.least_s, 3),
+                "contenders": bound.contenders,
+                "places": bound.places,
+            }
+            out.append(Note("bound.held" if bound.held else "bound.lost", facts))
+
+    def _quiet(self, name: str, for_s: float, now: float) -> bool:
+        """Whether nothing is likely to be asked of a deployment for so many seconds."""
+        return now - self._asked_at.get(name, -math.inf) >= QUIET_S
+
+    def _destinations(self, replica: ReplicaRecord, now: float) -> Sequence[tuple[str, str, int]]:
+        """Where what runs in a replica could go at once."""
+        found = self.moves.destinations(replica, now)
+        return [(one.worker_id, one.replica_id, one.free) for one in found if not one.refused and one.free > 0]
 
     def _blame(
         self, replica_id: str, name: str, server_id: str, failure: Failure, now: float, out: list[Action]
     ) -> None:
         """A load failed."""
+        self._let_go(replica_id, now)
+        self.decisions.failed(replica_id, failure)
         if self.health.blame(replica_id, name, server_id, failure, now, out):
             self.moves.load_failed(replica_id, failure)
 
@@ -339,6 +451,7 @@ class Core:
         self._expire(now, out)
         for over in self.moves.step(now, out):
             self._take(over, now, out)
+        self.clearing.step(now, out)
         for name in self._due(now):
             self._review(name, now, out)
         self._serve(now, out)
@@ -387,22 +500,53 @@ class Core:
         self.health.review(name, now, out)
         self._stop_strays(name, record, now, out)
         if record is None:
-            self._content(name)
+            self._content(name, now)
+            self._startups.pop(name, None)
+            self._asked_at.pop(name, None)
+            self.estimator.forget_deployment(name)
             return
         if serves(record):
             self._stop_superfluous(name, now, out)
             self._learn(name, record, now, out)
         if self._missing(name) > 0:
-            self._wanting_since.setdefault(name, now)
+            self._stand_in_line(name, record, now)
         else:
-            self._content(name)
+            self._content(name, now)
         self._mind_idle(name, now)
 
-    def _content(self, name: str) -> None:
+    def _stand_in_line(self, name: str, record: DeploymentRecord, now: float) -> None:
+        """It wants replicas. Only who has none has a claim on somebody else's place."""
+        cluster = self.cluster
+        oldest_at = cluster.oldest_at(name, now)
+        since = self._wanting_since.setdefault(name, min(now, oldest_at))
+        first = cluster.outstanding(name) > 0 and not cluster.serving(name) and not cluster.coming(name)
+        if first and not self.health.resting(name, now):
+            self.fairness.wanting(name, since, record.spec.priority, self._startup_s(name, record, now), now)
+            urgent_at = self.fairness.urgent_at(name, now)
+            if urgent_at is not None:
+                self._review_at(name, max(urgent_at, now + LATER_S))
+        else:
+            self.fairness.satisfied(name, now)
+
+    def _startup_s(self, name: str, record: DeploymentRecord, now: float) -> float:
+        """What its startup will take, roughly: as last decided, else from its source."""
+        known = self._startups.get(name)
+        if known is not None:
+            return known
+        need = self.cluster.need(record)
+        holders = self.cluster.ssd_holders(need.key, need.weight_bytes)
+        tier = "ssd" if holders else "remote"
+        server_id = holders[0] if holders else ""
+        return need.weight_bytes / self.estimator.bandwidth(server_id, tier) + self.estimator.attach_s(
+            "cpu", need.key, need.weight_bytes
+        )
+
+    def _content(self, name: str, now: float) -> None:
         """It wants nothing."""
         self._wanting_since.pop(name, None)
         self._deferred.pop(name, None)
         self.cluster.rooms.pop(name, None)
+        self.fairness.satisfied(name, now)
 
     def _stop_strays(self, name: str, record: DeploymentRecord | None, now: float, out: list[Action]) -> None:
         """Replicas of no deployment, or of one that is being deleted, end at once; those of an old revision finish."""
@@ -432,6 +576,8 @@ class Core:
         """Who may be evicted makes room for others; a replica that is too young for that will not always be."""
         for replica in self.cluster.replicas_of(name):
             self.cluster.mark_workers(replica)
+            if replica.state is ReplicaState.READY:
+                self.fairness.ready(replica.replica_id, name, now)
             grown_at = self.cluster.ready_at.get(replica.replica_id, -math.inf) + self.rules.min_ready_s
             if grown_at > now:
                 self._review_at(name, grown_at)
@@ -452,7 +598,7 @@ class Core:
             return
         suspended = self.health.suspended(now)
         tries = 0
-        for rank, name in enumerate(self._order()):
+        for rank, name in enumerate(self._order(now)):
             if name in suspended or self.health.resting(name, now):
                 continue
             if tries >= MOST_TRIES:
@@ -465,9 +611,10 @@ class Core:
                     tries += 1
                     break
 
-    def _order(self) -> list[str]:
-        """Who wants replicas, whoever has waited longest first."""
-        return sorted(self._wanting_since, key=lambda one: (self._wanting_since[one], one))
+    def _order(self, now: float) -> list[str]:
+        """Who wants replicas: who has none before who wants more, by their turn; then the longest wait."""
+        names = sorted(self._wanting_since, key=lambda one: (self._wanting_since[one], one))
+        return self.fairness.order(names, now)
 
     def _try_now(self, name: str, rank: int, now: float) -> bool:
         """Whether something may have made room since this deployment was deferred. The first in turn know at once."""
@@ -484,15 +631,18 @@ class Core:
     def _place(self, name: str, now: float, out: list[Action]) -> bool:
         """Decide about one replica; whether it was placed."""
         record = self.cluster.deployments[name]
-        decision = self.placing.place(
-            record, self._wanting_since.get(name, now), now, out, avoid=self.health.avoided(name)
-        )
+        means, since = self._means(name, now), self._wanting_since.get(name, now)
+        ask, decision = self.placing.place(record, since, now, out, avoid=self.health.avoided(name), means=means)
+        if decision.chosen is not None:
+            self._startups[name] = decision.chosen.startup.total_s
         match decision.outcome:
             case Outcome.PLACE:
                 self._deferred.pop(name, None)
                 return True
             case Outcome.EVICT:
                 pass
+            case Outcome.MAKE_ROOM:
+                self.clearing.begin(ask, decision, now, out)
             case Outcome.IMPOSSIBLE:
                 patient_until = self._despair(name, now, out)
                 self._defer(decision, now, out, latest_at=patient_until)
@@ -503,9 +653,18 @@ class Core:
                 assert_never(decision.outcome)
         return False
 
+    def _means(self, name: str, now: float) -> Means:
+        """What may be done to make room for this one: only for a first replica that somebody waits for is anybody
+        disturbed who runs something."""
+        first = self.cluster.outstanding(name) > 0 and not self.cluster.serving(name) and not self.cluster.coming(name)
+        if not first:
+            return Means(move=False, wait=False)
+        moves = self.rules.migrates and not self.clearing.soured(name, now)
+        return Means(move=moves, wait=True, park=True)
+
     def _defer(self, decision: Decision, now: float, out: list[Action], *, latest_at: float = math.inf) -> None:
         """Nothing can be done now: say so once, and try again when something may have made room."""
-        name, reasons = decision.deployment, decision.reasons()
+        name, reasons = decision.deployment, decision.reason
         # What is short may change with every byte; the log wants to know when the kind of the reason changes.
         kinds = decision.outcome.value + "".join(one.refused.split(" ")[0] for one in decision.candidates)
         known = self._deferred.get(name)
@@ -517,11 +676,11 @@ class Core:
         if changed:
             self.looks.queues_soon(now)
             self.counts.deferrals += 1
-            self.decisions.append(decision)
+            self.decisions.decided(decision, "", now)
             facts: dict[str, Fact] = {
                 "deployment": name,
                 "outstanding": self.cluster.outstanding(name),
-                "candidates": len(decision.candidates),
+                "candidates": len(decision.candidates) + decision.more,
                 "reasons": reasons,
             }
             out.append(Note("placement.deferred", facts))

@@ -14,6 +14,7 @@ from typing import Final
 
 import msgspec
 
+from services.scheduler.choice import too_large
 from services.scheduler.cluster import Cluster
 from services.scheduler.events import (
     Action,
@@ -33,7 +34,6 @@ from services.scheduler.events import (
     SourceInspected,
     WriteDeployment,
 )
-from services.scheduler.policy import too_large
 from shared.backoff import delay_s
 from shared.contracts.placement import Deployed, Deploying
 from shared.contracts.records import (

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from shared.contracts.migration import Migrate, MigrationEnded, Move, Moved, Moving, Relief
-from shared.contracts.placement import Deployed, Deploying, LoadReplica, StopReplica
+from shared.contracts.placement import (
+    Deployed,
+    Deploying,
+    Explain,
+    Explanation,
+    LoadReplica,
+    ReplicaLoaded,
+    StopReplica,
+)
 from shared.contracts.records import (
     ClusterView,
     DeploymentRecord,
@@ -20,7 +28,7 @@ from shared.contracts.records import (
     ServerRecord,
     WorkerRecord,
 )
-from shared.contracts.residency import Checkpoint, Done, Inspected, Progress, Source
+from shared.contracts.residency import Checkpoint, Done, Inspected, Prefetch, Progress, Source
 from shared.errors import Failure
 
 Answerable = Callable[[Any], None]
@@ -87,10 +95,16 @@ class RecordUnread:
 
 @dataclass(frozen=True, slots=True)
 class DemandHinted:
-    """A request of this deployment was queued; `at` is the monotonic second of the hint's arrival."""
+    """A request of this deployment was queued, or still waits; `at` is the monotonic second of the hint's arrival.
+
+    At this gateway `waiting` requests run nowhere, the oldest for `oldest_s` seconds (0: not said).
+    """
 
     deployment: str
     at: float
+    gateway_id: str = ""
+    waiting: int = 0
+    oldest_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +240,40 @@ class ReplicaBroke:
     failure: Failure
 
 
+@dataclass(frozen=True, slots=True)
+class LoadMeasured:
+    """A worker says that a replica is ready, and what that took."""
+
+    report: ReplicaLoaded
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainAsked:
+    """Somebody wants to know why it was decided so."""
+
+    message: Explain
+    reply: Answerable
+
+
+@dataclass(frozen=True, slots=True)
+class PrefetchDone:
+    """A store holds a checkpoint in the tier that was asked for."""
+
+    server_id: str
+    checkpoint_id: str
+    tier: str
+
+
+@dataclass(frozen=True, slots=True)
+class PrefetchRefused:
+    """A store will not have it, or did not answer."""
+
+    server_id: str
+    checkpoint_id: str
+    tier: str
+    failure: Failure
+
+
 # -- events: moves -------------------------------------------------------------------------------------------------
 
 
@@ -302,6 +350,10 @@ Event = (
     | StopAccepted
     | StopRefused
     | ReplicaBroke
+    | LoadMeasured
+    | ExplainAsked
+    | PrefetchDone
+    | PrefetchRefused
     | MoveAsked
     | MigrateAccepted
     | MigrateRefused
@@ -405,11 +457,19 @@ class CommandMigrate:
 
 
 @dataclass(frozen=True, slots=True)
+class CommandPrefetch:
+    """Have a store bring a checkpoint into a tier ahead of demand (a long poll, repeated until it is done)."""
+
+    server_id: str
+    message: Prefetch
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """Answer an operator's call."""
 
     reply: Answerable
-    message: Deployed | Deploying | Done | Moving | Moved | Failure
+    message: Deployed | Deploying | Done | Moving | Moved | Explanation | Failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -445,6 +505,7 @@ Action = (
     | CommandLoad
     | CommandStop
     | CommandMigrate
+    | CommandPrefetch
     | Answer
     | Note
     | Decided
@@ -454,5 +515,5 @@ Action = (
 # Actions that take time and come back as an event; the others are carried out at once and in order.
 LONG = (
     ReadRegistry, ReadQueues, ReadRecord, EnsureQueues, InspectSource, PollImport, WriteDeployment, RemoveDeployment,
-    CommandLoad, CommandStop, CommandMigrate,
+    CommandLoad, CommandStop, CommandMigrate, CommandPrefetch,
 )  # fmt: skip

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import msgspec
 
 from services.scheduler.autoscale import Trouble
+from services.scheduler.choice import able_servers, too_large
 from services.scheduler.cluster import Cluster, Need
 from services.scheduler.deployments import Deployments
 from services.scheduler.events import Action, Fact, Note
 from services.scheduler.placing import Placing
-from services.scheduler.policy import able_servers, too_large
 from services.scheduler.rules import Rules
 from shared.contracts.records import Phase, ReplicaRecord, ReplicaState
 from shared.errors import Code, Failure

@@ -37,8 +37,8 @@ from services.scheduler.events import (
 )
 from services.scheduler.open_moves import Leg, OpenMove, away, conflict, invalid, promised, same
 from services.scheduler.placing import Placing
-from services.scheduler.policy import Outcome
 from services.scheduler.rules import Rules
+from services.scheduler.terms import Outcome
 from services.scheduler.wishes import Wishes
 from shared.contracts.migration import (
     Migrate,
@@ -549,7 +549,7 @@ class Moves:
             return
         move.place_at = now + LOOK_S
         trouble = self._troubles.get(move.deployment)
-        decision = self._placing.place(
+        _, decision = self._placing.place(
             self._cluster.deployments[move.deployment],
             move.begun_at,
             now,
@@ -574,7 +574,7 @@ class Moves:
             busy = Failure(code=Code.BUSY, message=f"No other replica has a free slot ({reasons}).")
             self._patience(move, busy, now, out)
         else:
-            failure = Failure(code=Code.NO_CAPACITY, message=f"No worker can take a replica: {decision.reasons()}.")
+            failure = Failure(code=Code.NO_CAPACITY, message=decision.reason)
             if decision.outcome is Outcome.IMPOSSIBLE or not decision.candidates:
                 move.give_up(failure)
             else:
@@ -649,6 +649,10 @@ class Moves:
         load = self._cluster.loads.get(move.load_id)
         replica = self._cluster.replicas.get(move.load_id)
         return move.want.to_worker_id or (load.worker_id if load else replica.worker_id if replica else "")
+
+    def destinations(self, source: ReplicaRecord, now: float) -> list[Destination]:
+        """Where requests of this replica could go for a placement, best first, refused ones with their reasons."""
+        return self._found(MigrationReason.PLACEMENT, source, now)
 
     def _found(self, reason: MigrationReason, source: ReplicaRecord, now: float, *, at: str = "") -> list[Destination]:
         """Where requests of this replica could go, best first."""

@@ -1,4 +1,4 @@
-"""The scheduler's own `View`: the picture, what has been learnt, and whose turn it is, as a decision sees them. Pure."""
+"""The scheduler's own `View`: the picture, what has been learnt, and whose turn it is. Pure."""
 
 from __future__ import annotations
 
@@ -17,13 +17,21 @@ from shared.contracts.records import DeploymentRecord, ReplicaRecord, ReplicaSta
 
 # Worker, replica and free slots of every replica that can take over what runs in another one, best first.
 Destinations = Callable[[ReplicaRecord, float], Sequence[tuple[str, str, int]]]
+# Whether nothing is likely to be asked of a deployment for so many seconds.
+Quiet = Callable[[str, float, float], bool]
 
 
 class Outlook:
     """See `View`. `look(…)` says for whom and when; what it works out is kept until the next one."""
 
     def __init__(
-        self, rules: Rules, cluster: Cluster, estimator: Estimator, fairness: Fairness, destinations: Destinations
+        self,
+        rules: Rules,
+        cluster: Cluster,
+        estimator: Estimator,
+        fairness: Fairness,
+        destinations: Destinations,
+        quiet: Quiet,
     ) -> None:
         self.columns = Columns()
         self._rules = rules
@@ -31,17 +39,21 @@ class Outlook:
         self._estimator = estimator
         self._fairness = fairness
         self._destinations = destinations
+        self._quiet = quiet
         self._now = 0.0
         self._name = ""
         self._reserve = False
         self._spared: Callable[[str], bool] = lambda replica_id: False
         self._leavers: dict[str, dict[str, Victim]] = {}
+        self._going: frozenset[str] = frozenset()
 
     def look(self, name: str, now: float, *, reserve: bool = False, spared: Callable[[str], bool]) -> None:
         """The next decision is about this deployment. A `reserve` (nobody waits for it) never takes the place of
         another reserve, or the two would do so for ever. Replicas that are `spared` are not asked to leave now."""
         self._name, self._now, self._reserve, self._spared = name, now, reserve, spared
         self._leavers = {}
+        # Who goes for one goes for that one only.
+        self._going = frozenset(id for room in self._cluster.rooms.values() for id in room.victims)
 
     # -- the picture -----------------------------------------------------------------------------------------------
 
@@ -121,6 +133,7 @@ class Outlook:
             if replica.state is ReplicaState.READY
             and replica.replica_id not in cluster.stops
             and replica.deployment != self._name
+            and replica.replica_id not in self._going
             and not self._spared(replica.replica_id)
         ]
 
@@ -130,6 +143,7 @@ class Outlook:
         held = cluster.occupant(id)
         leaver = self._leaver(replica)
         current = record is not None and record.revision == replica.revision
+        parkable = self._fairness.parkable(id, self._name, now)
         return Tenant(
             replica_id=id,
             deployment=replica.deployment,
@@ -143,13 +157,27 @@ class Outlook:
             idle_s=cluster.idle_s(replica, now),
             evictable=leaver is not None and not (leaver.below_min and self._reserve),
             movable=current and replica.running > 0 and id not in cluster.needed,
-            parkable=self._fairness.parkable(id, self._name, now),
+            awaitable=parkable or self._awaitable(replica, now),
+            parkable=parkable,
             below_min=leaver.below_min if leaver is not None else False,
             priority=record.spec.priority if record is not None else 0,
             remaining_s=self._estimator.remaining_s(replica),
             resume_s=self._estimator.resume_s(replica),
             load_s=self._load_s(replica, record),
         )
+
+    def _awaitable(self, replica: ReplicaRecord, now: float) -> bool:
+        """Whether what runs in a replica may be awaited.
+
+        Whoever is awaited takes nothing new, so a model that is being asked for would be loaded again at once: only
+        after its turn, or when nothing more is likely to be asked of it before what runs has ended.
+        """
+        name, cluster = replica.deployment, self._cluster
+        if now - cluster.ready_at.get(replica.replica_id, now) >= self._fairness.tenure_s:
+            return True
+        running = sum(one.running for one in cluster.serving(name))
+        behind = cluster.outstanding(name) > running or cluster.waiting(name, now) > 0
+        return not behind and self._quiet(name, self._estimator.remaining_s(replica), now)
 
     def _leaver(self, replica: ReplicaRecord) -> Victim | None:
         """Whether this idle replica may leave: its deployment can do without it."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from services.scheduler.books import Room, owner_of
-from services.scheduler.cluster import Cluster, PendingLoad, PendingStop, workers_of
+from services.scheduler.cluster import Cluster, PendingLoad, PendingStop
 from services.scheduler.decisions import Decisions
 from services.scheduler.events import Action, CommandLoad, CommandStop, Decided, Fact, Note
 from services.scheduler.fairness import Fairness
@@ -131,7 +131,7 @@ class Placing:
         move_id: str = "",
         at: str = "",
         away_from: str = "",
-    ) -> Decision:
+    ) -> tuple[Ask, Decision]:
         """Decide about one more replica, which has been wanted since `since`, and command what was decided.
 
         `avoid` maps servers that have just failed to load this model to how they did. A move that needs a destination
@@ -154,7 +154,7 @@ class Placing:
             self._load(record, ask, decision, since, now, out)
         elif decision.outcome is Outcome.EVICT:
             self._evict(ask, decision, now, out)
-        return decision
+        return ask, decision
 
     def _load(
         self, record: DeploymentRecord, ask: Ask, decision: Decision, since: float, now: float, out: list[Action]
@@ -265,6 +265,3 @@ class Placing:
             return 0
         server = self._cluster.servers[chosen.server_id]
         return max(0, weight_bytes - server.dram.get(key, 0))
-
-
-__all__ = ["Counts", "Decide", "Placing", "workers_of"]

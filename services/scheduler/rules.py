@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from services.scheduler.fairness import FairnessRules
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,7 @@ class Rules:
     destination, is waited for; `move_retry_s`: between two tries of what was refused; `move_lost_s`: after it a
     migration that the source's record does not show is over. `relief_pause_s`: between two moves that relieve one
     replica; `relief_extra_s`: how long one more replica is wanted because of a relief that found no place.
+    `migrates`: what runs may be moved to make room for others. `fairness`: see there.
     """
 
     look_interval_s: float = 1.0
@@ -45,3 +48,5 @@ class Rules:
     relief_pause_s: float = 3.0
     relief_extra_s: float = 30.0
     most_moves: int = 256
+    migrates: bool = True
+    fairness: FairnessRules = field(default_factory=FairnessRules)

@@ -20,6 +20,7 @@ from services.scheduler.events import (
     Answer,
     CommandLoad,
     CommandMigrate,
+    CommandPrefetch,
     CommandStop,
     Decided,
     DeleteAsked,
@@ -29,10 +30,12 @@ from services.scheduler.events import (
     DeploymentWritten,
     EnsureQueues,
     Event,
+    ExplainAsked,
     ImportDone,
     ImportMoved,
     InspectSource,
     LoadAccepted,
+    LoadMeasured,
     LoadRefused,
     MigrateAccepted,
     MigrateRefused,
@@ -42,6 +45,8 @@ from services.scheduler.events import (
     OperationFailed,
     Oriented,
     PollImport,
+    PrefetchDone,
+    PrefetchRefused,
     QueuesEnsured,
     QueuesRead,
     QueuesUnensured,
@@ -68,7 +73,16 @@ from shared.bus import Reply, Subscription
 from shared.codec import CodecError
 from shared.contracts.events import RecordChanged
 from shared.contracts.migration import MigrationEnded, Move, Moved, Moving, Relief
-from shared.contracts.placement import Delete, Deploy, Deployed, Deploying, ReplicaFailed
+from shared.contracts.placement import (
+    Delete,
+    Deploy,
+    Deployed,
+    Deploying,
+    Explain,
+    Explanation,
+    ReplicaFailed,
+    ReplicaLoaded,
+)
 from shared.contracts.records import DeploymentRecord, ReplicaRecord, ServerRecord, WorkerRecord
 from shared.contracts.requests import Demand
 from shared.contracts.residency import Done, Import, Imported, Inspect
@@ -81,15 +95,18 @@ from shared.subjects import (
     DELETE,
     DEMAND,
     DEPLOY,
+    EXPLAIN,
     IMPORT,
     INSPECT,
     LOAD,
     MIGRATE,
     MIGRATION_ENDED,
     MOVE,
+    PREFETCH,
     RECORD_CHANGED,
     RELIEF,
     REPLICA_FAILED,
+    REPLICA_LOADED,
     STOP,
 )
 
@@ -182,6 +199,8 @@ class Service:
             await bus.subscribe(DEMAND, self._demand),
             await bus.subscribe(RECORD_CHANGED, self._record_changed, kind="*"),
             await bus.subscribe(REPLICA_FAILED, self._replica_failed),
+            await bus.subscribe(REPLICA_LOADED, self._replica_loaded),
+            await bus.serve(EXPLAIN, self._explain, group="scheduler"),
             await bus.serve(DEPLOY, self._deploy, group="scheduler"),
             await bus.serve(DELETE, self._delete, group="scheduler"),
             await bus.serve(MOVE, self._move, group="scheduler"),
@@ -194,10 +213,19 @@ class Service:
     # -- messages → events ---------------------------------------------------------------------------------------
 
     def _demand(self, message: Demand) -> None:
-        self._hint(DemandHinted(message.deployment, self._clock()))
+        hint = DemandHinted(
+            message.deployment, self._clock(), message.gateway_id, max(0, message.waiting), max(0.0, message.oldest_s)
+        )
+        self._hint(hint)
 
     def _record_changed(self, message: RecordChanged) -> None:
         self._hint(RecordHinted(message.kind, message.id, message.deleted))
+
+    def _replica_loaded(self, message: ReplicaLoaded) -> None:
+        self.driver.post(LoadMeasured(message))
+
+    def _explain(self, message: Explain, reply: Reply[Explanation]) -> None:
+        self.driver.post(ExplainAsked(message, reply))
 
     def _replica_failed(self, message: ReplicaFailed) -> None:
         self.driver.post(ReplicaBroke(message.replica_id, message.deployment, message.worker_id, message.failure))
@@ -270,6 +298,8 @@ class Service:
                 return await self._stop(action)
             case CommandMigrate():
                 return await self._migrate(action)
+            case CommandPrefetch():
+                return await self._prefetch(action)
             case Answer() | Note() | Decided() | Oriented():
                 raise TypeError(f"{type(action).__name__} takes no time and is not done")
             case _:
@@ -378,6 +408,18 @@ class Service:
             self._authority.refused(error.failure)
             return MigrateRefused(action.move_id, action.leg, error.failure)
         return MigrateAccepted(action.move_id, action.leg, answer.request_ids)
+
+    async def _prefetch(self, action: CommandPrefetch) -> Event:
+        server_id, key, tier = action.server_id, action.message.checkpoint_id, action.message.tier
+        try:
+            while True:
+                message = msgspec.structs.replace(action.message, term=await self._authority.granted())
+                answer = await self._context.bus.call(PREFETCH, message, extra_s=message.wait_s, server_id=server_id)
+                if isinstance(answer, Done):
+                    return PrefetchDone(server_id, key, tier)
+        except HearthError as error:
+            self._authority.refused(error.failure)
+            return PrefetchRefused(server_id, key, tier, error.failure)
 
     def _show(self) -> None:
         """Bring the gauges up to date (on the loop's thread: the core is not for others)."""

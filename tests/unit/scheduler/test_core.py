@@ -128,16 +128,35 @@ def test_room_that_is_being_made_is_not_given_to_somebody_else() -> None:
 
 def test_a_busy_replica_is_left_alone_and_the_newcomer_waits_until_it_is_idle() -> None:
     desk = small()
+    desk.queue("x", 1)
+    desk.hint("x")
+    load = desk.loaded(running=1)
+    desk.queue("m", 1)
+    desk.hint("m")
+    for _ in range(6):
+        desk.hint("x")  # it is being asked for
+        desk.wait(0.5)
+    assert desk.take(CommandStop) == []
+    assert desk.notes().count("placement.deferred") == 1
+    desk.queue("x", 0)
+    desk.shows(load.message, "a0", ReplicaState.READY)
+    desk.wait(0.5)
+    desk.stopped()
+    assert desk.only(CommandLoad).message.deployment == "m"
+
+
+def test_a_busy_replica_that_nobody_asks_for_takes_nothing_more_and_its_end_is_awaited() -> None:
+    desk = small()
+    desk.queue("x", 1)
     desk.hint("x")
     load = desk.loaded(running=1)
     desk.wait(3.0)
     desk.queue("m", 1)
     desk.hint("m")
-    desk.wait(5.0)
-    assert desk.take(CommandStop) == []
-    assert desk.notes().count("placement.deferred") == 1
-    desk.shows(load.message, "a0", ReplicaState.READY)
-    desk.stopped()
+    stop = desk.only(CommandStop).message
+    assert (stop.replica_id, stop.drain, stop.abort) == (load.message.replica_id, True, False)
+    assert desk.take(CommandLoad) == []
+    desk.gone(load.message.replica_id)
     assert desk.only(CommandLoad).message.deployment == "m"
 
 
@@ -152,9 +171,13 @@ def test_a_refused_eviction_is_tried_again_when_the_replica_is_idle() -> None:
     desk.tell(StopRefused(stop.message.replica_id, BUSY))
     assert desk.take(CommandStop) == []
     desk.shows(load.message, "a0", ReplicaState.READY, running=1)
-    desk.wait(3.0)
+    desk.queue("x", 1)
+    desk.hint("x")
+    desk.wait(1.5)
     assert desk.take(CommandStop) == []
+    desk.queue("x", 0)
     desk.shows(load.message, "a0", ReplicaState.READY)
+    desk.wait(0.5)
     assert desk.only(CommandStop).message.replica_id == load.message.replica_id
 
 

@@ -19,6 +19,7 @@ from services.scheduler.events import (
 )
 from services.scheduler.rules import Rules
 from shared.contracts.records import DeploymentState, ReplicaRecord, ReplicaState
+from shared.contracts.placement import Explain
 from shared.errors import Code, Failure
 from tests.unit.scheduler import picture
 from tests.unit.scheduler.desk import Desk
@@ -184,6 +185,6 @@ def test_the_same_seed_gives_the_same_decisions() -> None:
         for _ in range(100):
             world.disturb()
             world.step()
-        told.append([one.reasons() for one in world.desk.core.decisions])
+        told.append([one.reason for one in world.desk.core.decisions.explain(Explain(limit=64), world.desk.now)])
     assert told[0] == told[1]
     assert len(told[0]) > 10
