@@ -23,6 +23,13 @@ SERVICES: Final = {
     "store": "keeps checkpoints in the tiers of one server",
 }
 
+# Run by the package `simulator`, which reads its own options.
+SIMULATOR: Final = {
+    "simulate": "run a modelled fleet in virtual time: what users would see of a policy, a workload, machines",
+    "plan": "find how many servers and how much DRAM a workload needs",
+    "profile": "measure this machine for the simulator",
+}
+
 SOURCE_HELP: Final = (
     "a directory, hf:ORG/NAME, or a URL (s3://, gs://, az://, https://, http://, file://), "
     "in Hugging Face's form or in Hearth's"
@@ -240,6 +247,10 @@ def _test(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _simulator(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="…", help="see --help of this verb")
+
+
 def _settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("service", nargs="?", choices=tuple(SERVICES), help="only the variables of this service")
     parser.add_argument("--json", action="store_true", help="print them as JSON")
@@ -346,6 +357,7 @@ VERBS: Final[tuple[tuple[str, str, str, str, Callable[[argparse.ArgumentParser],
     ("delete", "remove a deployment", "services.cli.deploy", "delete", _delete),
     ("chat", "talk to a deployment", "services.cli.chat", "chat", _chat),
     ("tap", "show the traffic on the bus, decoded", "services.cli.tap", "tap", _tap),
+    *((name, text, "services.cli.simulate", "simulate", _simulator) for name, text in SIMULATOR.items()),
     ("test", "run the linters and the tests", "services.cli.checks", "test", _test),
     (
         "settings",
@@ -390,6 +402,9 @@ def parse(arguments: list[str]) -> Verb:
     if arguments[:1] == ["test"] and arguments[1:2] not in (["-h"], ["--help"]):
         options = argparse.Namespace(verb="test", rest=arguments[1:])
         return Verb("services.cli.checks", "test", options)
+    if arguments[:1] and arguments[0] in SIMULATOR:
+        options = argparse.Namespace(verb=arguments[0], rest=arguments[1:])
+        return Verb("services.cli.simulate", "simulate", options)
     if arguments[:2] == ["store", "bench"]:
         options = argparse.Namespace(verb="store", action="bench", rest=arguments[2:])
         return Verb("services.cli.store", "bench", options)
