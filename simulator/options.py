@@ -137,6 +137,7 @@ def policies(text: str) -> Sequence[str]:
 
 
 def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
     return int(text)
@@ -153,6 +154,7 @@ def _seconds(text: str) -> float:
 
 
 def size_of(text: str) -> int:
+    """Bytes from a text such as 256GiB, for argparse."""
     try:
         return parse_size(text)
     except SettingsError as error:
