@@ -35,6 +35,7 @@ SOURCE_HELP: Final = (
     "in Hugging Face's form or in Hearth's"
 )
 DRAIN_S: Final = 300.0
+MOST_DECISIONS: Final = 64
 DTYPES: Final = ("float32", "bfloat16", "float16")
 
 
@@ -97,6 +98,12 @@ def _seconds(text: str) -> float:
     if not 0 <= number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
     return number
+
+
+def _last(text: str) -> int:
+    if not (text.isdecimal() and 1 <= int(text) <= MOST_DECISIONS):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to {MOST_DECISIONS}")
+    return int(text)
 
 
 def _label(text: str) -> tuple[str, str]:
@@ -213,6 +220,18 @@ def _drain(parser: argparse.ArgumentParser) -> None:
         help=f"give up waiting after so long; 0: do not wait ({DRAIN_S:.0f})",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    _client(parser)
+
+
+def _explain(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "what",
+        nargs="?",
+        metavar="DEPLOYMENT|REQUEST",
+        help="a deployment's name, or a request's id or the beginning of it (the last decisions about anything)",
+    )
+    parser.add_argument("--last", metavar="N", type=_last, default=5, help="so many decisions, 1 to 64 (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
     _client(parser)
 
 
@@ -351,6 +370,13 @@ VERBS: Final[tuple[tuple[str, str, str, str, Callable[[argparse.ArgumentParser],
     ("up", "run a whole cluster on this machine", "services.cli.up", "up", _up),
     ("deploy", "make a model answer under a name", "services.cli.deploy", "deploy", _deploy),
     ("ps", "show servers, workers, replicas, deployments and what is resident where", "services.cli.ps", "ps", _ps),
+    (
+        "explain",
+        "show why a model was loaded where it was, or what became of a request",
+        "services.cli.explain",
+        "explain",
+        _explain,
+    ),
     ("requests", "show the requests that run, and where", "services.cli.moves", "requests", _requests),
     ("migrate", "move a running request to another worker", "services.cli.moves", "migrate", _migrate),
     ("drain", "let everything move away from a worker or server", "services.cli.moves", "drain", _drain),
