@@ -86,8 +86,8 @@ class Ask:
 class Tenant:
     """A replica that holds a worker, as one who needs its place sees it.
 
-    `evictable`: it is idle and may be stopped now. `movable`: its requests may be migrated. `parkable`: it has had its
-    turn (`fairness`). `running` requests of `tokens` in all (prompts and outputs) run in it; `remaining_s` until the
+    `evictable`: it is idle and may be stopped now. `movable`: its requests may be migrated. `awaitable`: it may be told
+    to take nothing new and to go when what runs has ended. `parkable`: it has had its turn (`fairness`). `running` requests of `tokens` in all (prompts and outputs) run in it; `remaining_s` until the
     last of them is expected to end, `resume_s` to recompute them elsewhere (`a·(t_in + t_out) + b`, without loading
     anything there). `load_s` is what having it back on this server would take. `worker_ids` are all its devices.
     """
@@ -104,6 +104,7 @@ class Tenant:
     idle_s: float = 0.0
     evictable: bool = False
     movable: bool = False
+    awaitable: bool = True
     parkable: bool = False
     below_min: bool = False
     priority: int = 0
@@ -136,8 +137,9 @@ class RoomPlan:
 
     @property
     def victims(self) -> tuple[str, ...]:
-        """Every replica that leaves."""
-        return (*self.stops, *(one.replica_id for one in self.moves), *self.waits, *self.parks)
+        """Every replica that leaves, once each: the requests of one may go to several places."""
+        moved = (one.replica_id for one in self.moves)
+        return tuple(dict.fromkeys((*self.stops, *moved, *self.waits, *self.parks)))
 
 
 @dataclass(frozen=True, slots=True)
