@@ -79,7 +79,7 @@ class Registry:
             for id, writer in writers.items():
                 if writer.stale:
                     written[id] = writer.record(self._kernel.now)
-        records: dict[str, dict[str, Any]] = self._records  # type: ignore[assignment]  # by kind they are of one type
+        records: dict[str, Any] = {**self._records}  # by kind they are of one type
         return ClusterView(
             servers=tuple(records["server"].values()),
             workers=tuple(records["worker"].values()),

@@ -52,6 +52,7 @@ class Server:
         self.alive = True
         self._lives += 1
         self.store = Store(self, stored, pool, self._lives)
+        self.store.handle(None)  # its clock starts: leases of an earlier life run from now
         self.store.changed()
 
     def die(self) -> tuple[e.StoredCheckpoint, ...]:
