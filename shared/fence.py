@@ -24,16 +24,7 @@ class Command(Protocol):
 
 
 C = TypeVar("C", bound=Command)
-
-
-class Answer(Protocol):
-    """The handle by which a call is answered."""
-
-    def __call__(self, message: Failure) -> None:
-        """Send the answer."""
-
-
-A = TypeVar("A", bound=Answer)
+A = TypeVar("A", bound=Callable[[Failure], None])
 
 
 class Fence:

@@ -51,13 +51,13 @@ READ_VALUES: Final = 200
 _ACQUIRE: Final = """
 local held = redis.call('GET', KEYS[1])
 if held and string.sub(held, 1, #ARGV[1] + 1) ~= ARGV[1] .. ' ' then
-    return {0, redis.call('PTTL', KEYS[1])}
+    return {tonumber(string.match(held, '%d+$')), redis.call('PTTL', KEYS[1])}
 end
 local highest = math.max(tonumber(redis.call('GET', KEYS[2]) or '0'), tonumber(ARGV[3]))
 local term = string.format('%d', highest + 1)
 redis.call('SET', KEYS[2], term)
 redis.call('SET', KEYS[1], ARGV[1] .. ' ' .. term, 'PX', ARGV[2])
-return {tonumber(term), 0}
+return {tonumber(term), -1}
 """
 # Key: the lease. Arguments: its value, milliseconds.
 _RENEW: Final = """
@@ -259,14 +259,14 @@ class LeaderLease:
         """What the registry holds while the holder has the lease under this term."""
         return f"{self._holder} {term}"
 
-    async def acquire(self, at_least: int) -> tuple[int, float]:
-        """Take the lease unless another holder has it: (a term that was never given before and is above `at_least`, 0),
-        or (0, the seconds that it lasts for whoever has it)."""
+    async def acquire(self, at_least: int) -> tuple[int, float | None]:
+        """Take the lease unless another holder has it: (a term that was never given before and is above `at_least`,
+        None), or (the other's term, the seconds that its lease lasts still)."""
         with _redis_errors():
             term, left_ms = await self._acquire(
                 keys=[self._lease, self._term], args=[self._holder, self._ttl_ms, at_least]
             )
-        return int(term), max(0, int(left_ms)) / 1000
+        return int(term), None if left_ms < 0 else left_ms / 1000
 
     async def renew(self, term: int) -> bool:
         """Have it last for the whole TTL again; whether the holder had it still, under this term."""

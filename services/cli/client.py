@@ -15,7 +15,9 @@ from urllib.parse import quote
 import aiohttp
 import msgspec
 
+from shared.contracts.generation import Ledger
 from shared.contracts.migration import MigrationEnded, Moving, RunningRequest
+from shared.contracts.placement import Explanation
 from shared.contracts.records import ClusterView, DeploymentRecord, DeploymentSpec
 from shared.contracts.residency import HeldCheckpoint, Progress, Source
 
@@ -48,6 +50,40 @@ class DrainingWorker(msgspec.Struct, frozen=True, kw_only=True):
     requests: int
     replicas: int
     incoming: int = 0
+
+
+class Where(msgspec.Struct, frozen=True, kw_only=True):
+    """A replica in which a request ran."""
+
+    replica_id: str
+    worker_id: str
+
+
+class ExplainedRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A request as its gateway knows it; seconds. `state` is "queued", "streaming", "interrupted" or "ended"."""
+
+    request_id: str
+    deployment: str
+    state: str
+    age_s: float
+    ended_ago_s: float | None = None
+    reason: str = ""
+    error: str = ""
+    queue_s: float | None = None
+    ttft_s: float | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int = 0
+    places: tuple[Where, ...] = ()
+    ledger: Ledger | None = None
+
+
+class RequestExplanation(msgspec.Struct, frozen=True, kw_only=True):
+    """A request, and the decisions behind it (None: the scheduler did not answer, as `error` says)."""
+
+    gateway_id: str
+    request: ExplainedRequest
+    explanation: Explanation | None = None
+    error: str = ""
 
 
 class Client:
@@ -153,6 +189,18 @@ class Client:
     async def requests(self) -> RunningRequests:
         """What runs on the workers now."""
         found: RunningRequests = await self._decoded("GET", "/v1/admin/requests", RunningRequests)
+        return found
+
+    async def explain(self, deployment: str, last: int) -> Explanation:
+        """The last decisions about a deployment ("": about any), latest first."""
+        path = "/v1/admin/explain" + (f"/{quote(deployment)}" if deployment else "")
+        found: Explanation = await self._decoded("GET", f"{path}?last={last}", Explanation)
+        return found
+
+    async def explain_request(self, request_id: str, last: int) -> RequestExplanation:
+        """A request of this gateway, and the decisions behind it."""
+        path = f"/v1/admin/requests/{quote(request_id, safe='')}/explain?last={last}"
+        found: RequestExplanation = await self._decoded("GET", path, RequestExplanation)
         return found
 
     async def migrate(self, request_id: str, to: str | None) -> AsyncIterator[Moving | MigrationEnded]:

@@ -23,11 +23,19 @@ SERVICES: Final = {
     "store": "keeps checkpoints in the tiers of one server",
 }
 
+# Run by the package `simulator`, which reads its own options.
+SIMULATOR: Final = {
+    "simulate": "run a modelled fleet in virtual time: what users would see of a policy, a workload, machines",
+    "plan": "find how many servers and how much DRAM a workload needs",
+    "profile": "measure this machine for the simulator",
+}
+
 SOURCE_HELP: Final = (
     "a directory, hf:ORG/NAME, or a URL (s3://, gs://, az://, https://, http://, file://), "
     "in Hugging Face's form or in Hearth's"
 )
 DRAIN_S: Final = 300.0
+MOST_DECISIONS: Final = 64
 DTYPES: Final = ("float32", "bfloat16", "float16")
 
 
@@ -90,6 +98,12 @@ def _seconds(text: str) -> float:
     if not 0 <= number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
     return number
+
+
+def _last(text: str) -> int:
+    if not (text.isdecimal() and 1 <= int(text) <= MOST_DECISIONS):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to {MOST_DECISIONS}")
+    return int(text)
 
 
 def _label(text: str) -> tuple[str, str]:
@@ -209,6 +223,18 @@ def _drain(parser: argparse.ArgumentParser) -> None:
     _client(parser)
 
 
+def _explain(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "what",
+        nargs="?",
+        metavar="DEPLOYMENT|REQUEST",
+        help="a deployment's name, or a request's id or the beginning of it (the last decisions about anything)",
+    )
+    parser.add_argument("--last", metavar="N", type=_last, default=5, help="so many decisions, 1 to 64 (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    _client(parser)
+
+
 def _delete(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", help="the deployment's name")
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
@@ -238,6 +264,10 @@ def _test(parser: argparse.ArgumentParser) -> None:
         metavar="[lint|unit|contracts|integration|e2e] …",
         help="one part only (all of them); what follows goes to pytest",
     )
+
+
+def _simulator(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="…", help="see --help of this verb")
 
 
 def _settings(parser: argparse.ArgumentParser) -> None:
@@ -340,12 +370,20 @@ VERBS: Final[tuple[tuple[str, str, str, str, Callable[[argparse.ArgumentParser],
     ("up", "run a whole cluster on this machine", "services.cli.up", "up", _up),
     ("deploy", "make a model answer under a name", "services.cli.deploy", "deploy", _deploy),
     ("ps", "show servers, workers, replicas, deployments and what is resident where", "services.cli.ps", "ps", _ps),
+    (
+        "explain",
+        "show why a model was loaded where it was, or what became of a request",
+        "services.cli.explain",
+        "explain",
+        _explain,
+    ),
     ("requests", "show the requests that run, and where", "services.cli.moves", "requests", _requests),
     ("migrate", "move a running request to another worker", "services.cli.moves", "migrate", _migrate),
     ("drain", "let everything move away from a worker or server", "services.cli.moves", "drain", _drain),
     ("delete", "remove a deployment", "services.cli.deploy", "delete", _delete),
     ("chat", "talk to a deployment", "services.cli.chat", "chat", _chat),
     ("tap", "show the traffic on the bus, decoded", "services.cli.tap", "tap", _tap),
+    *((name, text, "services.cli.simulate", "simulate", _simulator) for name, text in SIMULATOR.items()),
     ("test", "run the linters and the tests", "services.cli.checks", "test", _test),
     (
         "settings",
@@ -390,6 +428,9 @@ def parse(arguments: list[str]) -> Verb:
     if arguments[:1] == ["test"] and arguments[1:2] not in (["-h"], ["--help"]):
         options = argparse.Namespace(verb="test", rest=arguments[1:])
         return Verb("services.cli.checks", "test", options)
+    if arguments[:1] and arguments[0] in SIMULATOR:
+        options = argparse.Namespace(verb=arguments[0], rest=arguments[1:])
+        return Verb("services.cli.simulate", "simulate", options)
     if arguments[:2] == ["store", "bench"]:
         options = argparse.Namespace(verb="store", action="bench", rest=arguments[2:])
         return Verb("services.cli.store", "bench", options)

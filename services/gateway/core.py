@@ -179,6 +179,11 @@ class GatewayCore:
         """Requests that have not ended."""
         return len(self._live)
 
+    @property
+    def live(self) -> dict[str, Live]:
+        """Those, by id; to look at only."""
+        return self._live
+
     # -- the machine --------------------------------------------------------------------------------------------------
 
     def handle(self, event: Event | None, now: float) -> list[Action]:

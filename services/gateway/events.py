@@ -321,7 +321,10 @@ class Resumed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Account:
-    """A request has ended: the facts of its canonical log line. `failure` None: it is complete."""
+    """A request has ended: the facts of its canonical log line. `failure` None: it is complete.
+
+    `places` are the replicas in which it ran, with their workers.
+    """
 
     request_id: str
     deployment: str
@@ -333,6 +336,7 @@ class Account:
     duration_s: float
     queue_s: float | None
     ttft_s: float | None
+    places: tuple[tuple[str, str], ...] = ()
 
 
 Action = (

@@ -10,7 +10,7 @@ from typing import Final
 from aiohttp import web
 from prometheus_client import Counter
 
-from services.gateway import admin, completions, moves, stores
+from services.gateway import admin, completions, explain, moves, stores
 from services.gateway.answers import refuse
 from services.gateway.rendering import REQUEST_ID_HEADER, error_body
 from services.gateway.service import Gateway
@@ -35,6 +35,7 @@ code{white-space:pre}</style>
 <li><code>GET  /v1/admin/servers</code>, <code>/v1/admin/servers/ID/checkpoints</code> – what is in which tier</li>
 <li><code>GET  /v1/admin/requests</code>, <code>POST …/ID/migrate</code>, <code>/v1/admin/workers/ID/drain</code> –
 what runs where, and moving it away</li>
+<li><code>GET  /v1/admin/explain/NAME</code>, <code>/v1/admin/requests/ID/explain</code> – why it is where it is</li>
 <li><code>GET  /v1/admin/cluster</code> – servers, workers, replicas, queues</li>
 <li><code>GET  /healthz</code>, <code>/readyz</code>, <code>/metrics</code></li></ul></html>
 """
@@ -53,6 +54,7 @@ def make_app(gateway: Gateway) -> web.Application:
     admin.add_routes(app, gateway)
     stores.add_routes(app, gateway)
     moves.add_routes(app, gateway)
+    explain.add_routes(app, gateway)
     return app
 
 

@@ -25,6 +25,7 @@ def account(live: Live, reason: str, failure: Failure | None, end: End | None, n
         duration_s=now - call.admitted_at,
         queue_s=None if live.claimed_at is None else live.claimed_at - call.admitted_at,
         ttft_s=None if live.first_at is None else live.first_at - call.admitted_at,
+        places=tuple(live.places.items()),
     )
 
 

@@ -22,6 +22,7 @@ from shared.errors import Code, Failure
 
 MOST_CLAIM_IDS: Final = 16
 MOST_SEQUENCES: Final = 8
+MOST_PLACES: Final = 8
 
 GONE: Final = Gone(reason="Nobody waits for this request any more.")
 REPLACED: Final = Gone(reason="This request was published again; this message is void.")
@@ -65,6 +66,8 @@ class Live:
     The queue's message: `attempt` counts its publications, `sequence` names the message (None: not known yet), `token`
     acknowledges it, `delivery` is that of the last grant (0: nobody had this message), `returned` whether the queue has
     it back, `acknowledged` whether an earlier owner has (probably) acknowledged it.
+
+    `places` maps the replicas in which it ran, the first one and the last, to their workers, in order.
     """
 
     call: Call
@@ -87,6 +90,7 @@ class Live:
     epoch: int = 0
     worker_id: str = ""
     claim_ids: dict[str, int] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
     owned_at: float = 0.0
     heard_at: float = 0.0
     ahead: bool = False
@@ -145,6 +149,10 @@ def grant(live: Live, claim: Claim, kind: Grant, now: float) -> None:
     live.claims += 1
     live.state = State.STREAMING
     live.worker_id = claim.worker_id
+    live.places.pop(claim.replica_id, None)
+    live.places[claim.replica_id] = claim.worker_id
+    if len(live.places) > MOST_PLACES:
+        del live.places[list(live.places)[1]]  # where it began is worth knowing
     live.delivery = max(live.delivery, claim.delivery)
     live.token = claim.token or (live.token if claim.after_epoch >= 0 else "")
     live.sequence = live.sequence or claim.sequence or None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import time
 from typing import Any, Final, assert_never
 
 import msgspec
@@ -52,6 +53,7 @@ from services.gateway.events import (
     Unqueue,
 )
 from services.gateway.openai import Call, expand
+from services.gateway.recall import Recall
 from shared.bus import Bus, Reply, Unserved
 from shared.codec import CodecError
 from shared.contracts.events import RecordChanged
@@ -105,6 +107,7 @@ class Gateway:
         self.bus: Bus = context.bus
         self.registry: Registry = context.registry
         self.core = GatewayCore(config)
+        self.recall = Recall()
         self.draining = False
         self.subscribed = False
         self._log = context.log
@@ -414,6 +417,7 @@ class Gateway:
             )
 
     def _account(self, account: Account) -> None:
+        self.recall.keep(account, time.monotonic())
         ledger, usage = account.ledger, account.usage
         status = 200 if account.failure is None else account.failure.kind.status
         ENDED.labels(account.deployment, account.reason).inc()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
+from services.scheduler.arrivals import Arrivals
 from services.scheduler.cluster import Cluster
 from shared.backoff import delay_s
 from shared.contracts.records import DeploymentSpec, ReplicaRecord, ReplicaState
@@ -26,10 +27,17 @@ def desired_replicas(spec: DeploymentSpec, outstanding: int) -> int:
     return max(spec.min_replicas, min(spec.max_replicas, wanted))
 
 
-def wanted_replicas(cluster: Cluster, name: str) -> int:
-    """Replicas that a deployment shall have now: for its requests, and for the moves that look for a place."""
+def wanted_replicas(cluster: Cluster, name: str, *, floor: int = 0) -> int:
+    """Replicas that a deployment shall have now: for its requests, for the moves that look for a place, and for the age
+    of its queue (`floor`: see `pressure`), which never asks for more than the operator allows."""
     spec = cluster.deployments[name].spec
-    return max(desired_replicas(spec, cluster.outstanding(name)), cluster.floors.get(name, 0))
+    wanted = max(desired_replicas(spec, cluster.outstanding(name)), min(floor, spec.max_replicas))
+    return max(wanted, cluster.floors.get(name, 0))
+
+
+def keep_alive_s(spec: DeploymentSpec, arrivals: Arrivals) -> float:
+    """How long an idle replica of this deployment stays: what its spec says, or less if it learns that."""
+    return arrivals.keep_alive_s(spec.name, spec.keep_alive_s) if spec.adaptive_keep_alive else spec.keep_alive_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,24 +108,33 @@ def evictable(cluster: Cluster, replica: ReplicaRecord, now: float, *, min_ready
     return replica.finished_requests > 0 or served or now - ready_at >= min_ready_s
 
 
-def superfluous(cluster: Cluster, name: str, now: float) -> list[ReplicaRecord]:
-    """Replicas of a deployment that nobody needs and that have been idle for its keep-alive, idle longest first."""
+def superfluous(
+    cluster: Cluster, name: str, now: float, *, floor: int = 0, keep_s: float | None = None
+) -> list[ReplicaRecord]:
+    """Replicas of a deployment that nobody needs and that have been idle for its keep-alive, idle longest first.
+
+    `floor` as for `wanted_replicas`; `keep_s` is the keep-alive as learnt (None: what the spec says).
+    """
     spec = cluster.deployments[name].spec
+    keep_s = spec.keep_alive_s if keep_s is None else keep_s
     replicas = cluster.serving(name)
-    extra = len(replicas) - wanted_replicas(cluster, name)
+    extra = len(replicas) - wanted_replicas(cluster, name, floor=floor)
     idle = [one for one in replicas if _may_leave(cluster, one)]
     idle.sort(key=lambda one: (-cluster.idle_s(one, now), one.replica_id))
-    return [one for one in idle[: max(0, extra)] if cluster.idle_s(one, now) >= spec.keep_alive_s]
+    return [one for one in idle[: max(0, extra)] if cluster.idle_s(one, now) >= keep_s]
 
 
-def next_superfluous_at(cluster: Cluster, name: str, now: float) -> float | None:
+def next_superfluous_at(
+    cluster: Cluster, name: str, now: float, *, floor: int = 0, keep_s: float | None = None
+) -> float | None:
     """The monotonic second at which the next replica will have been idle for the keep-alive, if it may leave then."""
     spec = cluster.deployments[name].spec
+    keep_s = spec.keep_alive_s if keep_s is None else keep_s
     replicas = cluster.serving(name)
-    if len(replicas) <= wanted_replicas(cluster, name):
+    if len(replicas) <= wanted_replicas(cluster, name, floor=floor):
         return None
     idle = [cluster.idle_s(one, now) for one in replicas if _may_leave(cluster, one)]
-    return now + max(0.0, spec.keep_alive_s - max(idle)) if idle else None
+    return now + max(0.0, keep_s - max(idle)) if idle else None
 
 
 def _may_leave(cluster: Cluster, replica: ReplicaRecord) -> bool:

@@ -175,7 +175,7 @@ class Leader:
             match action:
                 case Acquire():
                     term, left_s = await self._lease.acquire(action.at_least)
-                    return Won(term, action.asked_at) if term else Taken(left_s)
+                    return Won(term, action.asked_at) if left_s is None else Taken(term, left_s)
                 case Renew():
                     kept = await self._lease.renew(action.term)
                     return Kept(action.term, action.asked_at) if kept else Lost(action.term)

@@ -49,8 +49,9 @@ class Won:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """Somebody else holds the lease, for `left_s` more unless it is renewed."""
+    """Somebody else holds the lease under this term, for `left_s` more unless it is renewed."""
 
+    term: int
     left_s: float
 
 
@@ -244,8 +245,9 @@ class Leadership:
                 self._answered(now)
                 self._ask_at = now
                 if event.term == self.term:
+                    # It should have lasted: the registry has lost it, and records as well.
+                    self._bereft = now < self._until + self.rules.margin_s
                     self._give_up()
-                    self._bereft = True
             case Unanswered():
                 self._asking, self._silent = False, True
                 self._ask_at = now + self.rules.renew_s / 2
@@ -288,6 +290,7 @@ class Leadership:
 
     def _taken(self, event: Taken, now: float, out: list[Action]) -> None:
         self._give_up()
+        self.known = max(self.known, event.term)
         self._bereft = False
         self._ask_at = now + max(0.005, min(event.left_s, self.rules.renew_s))
         self._step_down(out)

@@ -137,8 +137,9 @@ class RoomPlan:
 
     @property
     def victims(self) -> tuple[str, ...]:
-        """Every replica that leaves."""
-        return (*self.stops, *(one.replica_id for one in self.moves), *self.waits, *self.parks)
+        """Every replica that leaves, once each: the requests of one may go to several places."""
+        moved = (one.replica_id for one in self.moves)
+        return tuple(dict.fromkeys((*self.stops, *moved, *self.waits, *self.parks)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -185,7 +185,7 @@ class Fleet:
                 if not spec.min_replicas:
                     return f"replica {replica.id} is {replica.state.value} on {worker.id}"
         for server in world.servers.values():
-            if not server.alive or (not server.store.idle and server.shape.device != "cpu"):
+            if not server.alive or not server.store.idle:
                 return f"the store of {server.id} is not idle"
         cluster = leader.core.cluster
         for name, pending in (("loads", cluster.loads), ("stops", cluster.stops), ("rooms", cluster.rooms)):

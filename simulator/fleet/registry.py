@@ -8,7 +8,7 @@ one that died goes `record_ttl_s` after its last heartbeat.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from shared.contracts.records import ClusterView, DeploymentRecord, ReplicaRecord, ServerRecord, WorkerRecord
 from simulator.kernel import Dice, Kernel
@@ -75,15 +75,15 @@ class Registry:
     def look(self) -> ClusterView:
         """Everything."""
         for kind, writers in self._writers.items():
-            records = self._records[kind]
+            written = self._records[kind]
             for id, writer in writers.items():
                 if writer.stale:
-                    records[id] = writer.record(self._kernel.now)
-        records = self._records
+                    written[id] = writer.record(self._kernel.now)
+        records: dict[str, Any] = {**self._records}  # by kind they are of one type
         return ClusterView(
-            servers=tuple(records["server"].values()),  # type: ignore[arg-type]
-            workers=tuple(records["worker"].values()),  # type: ignore[arg-type]
-            replicas=tuple(records["replica"].values()),  # type: ignore[arg-type]
+            servers=tuple(records["server"].values()),
+            workers=tuple(records["worker"].values()),
+            replicas=tuple(records["replica"].values()),
             deployments=tuple(self.deployments.values()),
         )
 

@@ -29,7 +29,7 @@ LOADING_PROGRESS: Final = Progress(phase="reading")
 
 @dataclass(slots=True)
 class LoadTimes:
-    """When what happened of a load. `wanted_at`: since when somebody had waited; `room_at`: since when room was made."""
+    """When what happened of a load; `wanted_at`: since when it was wanted, `room_at`: since when room was made."""
 
     wanted_at: float
     room_at: float
@@ -49,6 +49,11 @@ class Prefill:
     request: Request
     slot: int
     done: Callable[[float], None] | None = None
+
+    @property
+    def void(self) -> bool:
+        """Whether it is a request's own that has left meanwhile."""
+        return self.done is None and self.request.slot != self.slot
 
 
 class Replica:
@@ -172,6 +177,7 @@ class Replica:
             self._timer.cancel()
             self._timer = None
         self._prefills.clear()
+        self._prefill_ends_at = math.inf
         self._ends.clear()
 
     def _note(self) -> None:
@@ -290,6 +296,11 @@ class Replica:
         self._arm(now)
 
     def _begin_prefill(self, now: float) -> None:
+        while self._prefills[0].void:
+            self._prefills.popleft()
+            if not self._prefills:
+                self._prefill_ends_at = math.inf
+                return
         job = self._prefills[0]
         request = job.request
         delay_s = 0.0
@@ -310,7 +321,7 @@ class Replica:
             job.done(took_s)
             return
         request = job.request
-        if request.slot != job.slot or request.replica is not self:
+        if job.void or request.replica is not self:
             return  # it is gone meanwhile
         request.prefill_s += took_s
         if request.ttft_s != request.ttft_s:

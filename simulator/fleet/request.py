@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -118,14 +118,11 @@ class Columns:
 
     def ledgers(self) -> Ledgers:
         """All of them."""
-        found = {name: np.frombuffer(column, dtype=np.float64).copy() if column else np.zeros(0)
-                 for name, column in self._doubles.items()}  # fmt: skip
-        longs = {name: np.array(column, dtype=np.int32) for name, column in self._longs.items()}
-        shorts = {name: np.array(column, dtype=np.int16) for name, column in self._shorts.items()}
+        columns: dict[str, Any] = {name: np.array(column, dtype=np.float64) for name, column in self._doubles.items()}
+        columns |= {name: np.array(column, dtype=np.int32) for name, column in self._longs.items()}
+        columns |= {name: np.array(column, dtype=np.int16) for name, column in self._shorts.items()}
         return Ledgers(
-            **found,
-            **longs,
-            **shorts,
+            **columns,
             outcome=np.array(self._outcome, dtype=np.int8),
             tier=np.array(self._tier, dtype=np.int8),
         )

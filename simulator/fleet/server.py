@@ -1,7 +1,7 @@
 """A server: its devices, its store (the production core of residency) and the pipes that its bytes go through. Pure.
 
 What the core wants done takes the time of the hardware: a read goes through the SSD's pipe, an import through the NICs
-and, from the source, the object store's pipe. Which copy is kept, which goes, who is read first: all that is the core's.
+and, from the source, the object store's pipe. Which copy is kept, which goes, who is read first: that is the core's.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class Server:
         self.alive = True
         self._lives += 1
         self.store = Store(self, stored, pool, self._lives)
+        self.store.handle(None)  # its clock starts: leases of an earlier life run from now
         self.store.changed()
 
     def die(self) -> tuple[e.StoredCheckpoint, ...]:
@@ -244,7 +245,7 @@ class Store:
                 self._later(REMOVE_S, e.CheckpointQuarantined(checkpoint_id, directory))
             case e.VerifyCheckpoint(stored):
                 self._later(stored.image_bytes / self.server.shape.ssd_bytes_per_s, e.VerifyDone(stored.id))
-            case e.InspectSource(source, reply):
+            case e.InspectSource(reply=reply):
                 self._later(0.0, e.InspectFailed(reply, Failure(code=Code.UNSUPPORTED, message="Not modelled.")))
             case e.RunExport(stored, url):
                 self._later(0.0, e.ExportDone(stored.id, url, Failure(code=Code.UNSUPPORTED, message="Not modelled.")))

@@ -232,17 +232,11 @@ class World:
 
     def accessed(self, server: Server, message: LoadReplica) -> None:
         """A load asks a store for its bytes."""
-        for column, value in zip(
-            self.accesses,
-            (
-                self.kernel.now,
-                server.number,
-                self.numbers[message.deployment],
-                int(server.store.in_dram(message.checkpoint_id)),
-            ),
-            strict=True,
-        ):
-            column.append(value)  # type: ignore[arg-type]
+        at_s, servers, deployments, hits = self.accesses
+        at_s.append(self.kernel.now)
+        servers.append(server.number)
+        deployments.append(self.numbers[message.deployment])
+        hits.append(server.store.in_dram(message.checkpoint_id))
 
     def loaded(self, replica: Replica) -> None:
         """A replica is ready."""

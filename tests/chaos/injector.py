@@ -86,8 +86,8 @@ class Injector:
         taken = [one.fault for one in self._busy.values()]
         if fault.victim in self._busy or len(taken) >= self._at_once or not self._fleet.running(fault.victim):
             return False
-        if fault.kind == END and not self._is_ready(fault.victim):
-            return False  # one that starts is busy importing, and ends after that
+        if fault.kind in (END, DRAIN) and not self._is_ready(fault.victim):
+            return False  # one that starts is busy importing, and hears of it after that
         return fault.service != "gateway" or all(one.service != "gateway" for one in taken)
 
     def _is_ready(self, worker: str) -> bool:

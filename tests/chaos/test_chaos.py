@@ -39,8 +39,9 @@ def test_a_percentile_is_one_of_the_values() -> None:
 
 
 def test_streams_survive_everything(tmp_path: Path) -> None:
-    seed = 3  # the long runs by hand are for other seeds
-    report, tails = run(tmp_path, seed=seed, seconds=40, every_s=2.5, clients=8, tokens=(100, 500))
+    seed = 164  # twelve kinds of faults in a short time; the long runs by hand are for other seeds
+    report, tails = run(tmp_path, seed=seed, seconds=25, every_s=2.0, clients=8, tokens=(100, 500))
     print(report.as_table())
-    assert not report.failures, f"{report.as_table()}\n{tails}\nagain: python -m tests.chaos --seconds 40 --seed {seed}"
-    assert report.counts["exact"] > 20
+    again = f"python -m tests.chaos --seconds 25 --every 2 --clients 8 --seed {seed}"
+    assert not report.failures, f"{report.as_table()}\n{tails}\nagain: {again}"
+    assert report.counts["exact"] > 10

@@ -7,7 +7,7 @@ import msgspec
 from shared.contracts import events, generation, migration, placement, records, requests, residency
 from shared.errors import Code, Failure
 
-FAILURE = Failure(code=Code.QUEUE_FULL, message="Full.", param="model", retry_after_s=1.5, term=7)
+FAILURE = Failure(code=Code.QUEUE_FULL, message="Full.", param="model", retry_after_s=1.5)
 SOURCE = residency.Source(url="/models/a", revision="main", dtype="bfloat16")
 CHECKPOINT = residency.Checkpoint(
     checkpoint_id="ck1",
@@ -114,7 +114,7 @@ DEPLOYMENT = records.DeploymentRecord(
 )
 
 EXAMPLES: tuple[msgspec.Struct, ...] = (
-    FAILURE,
+    Failure(code=Code.QUEUE_FULL, message="Full.", param="model", retry_after_s=1.5, term=7),
     requests.ChatPrompt(messages=(requests.ChatMessage(role="user", content="Hi", name="Ann"),)),
     requests.TextPrompt(text="Once"),
     requests.TokensPrompt(token_ids=(1, 2, 3)),

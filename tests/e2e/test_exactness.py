@@ -77,6 +77,7 @@ def lines_of(cluster: Cluster, body: dict[str, Any]) -> Any:
     return urllib.request.urlopen(request, timeout=120)
 
 
+@pytest.mark.by_hand  # in every run: `test_recovery.py`
 def test_a_stream_survives_the_death_of_its_worker(cluster: Cluster, models: Models) -> None:
     """kill -9 in the middle: the stream goes on elsewhere, token for token."""
     cluster.deploy("survivor", models("llama", context=2048, eos=False))

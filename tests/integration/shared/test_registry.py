@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from typing import Any
 
+import msgspec
 import pytest
 
+from shared import codec
 from shared.contracts.records import (
     DeploymentRecord,
     DeploymentSpec,
@@ -84,3 +87,74 @@ async def test_a_cancellation_that_the_client_loses_ends_the_task_all_the_same(
         await asyncio.sleep(0)
         task.cancel()
     assert task.cancelled()
+
+
+async def test_the_lease_has_one_holder_and_its_terms_grow(registry: Registry) -> None:
+    async with registry.lease("a/1", ttl_s=0.4) as one, registry.lease("b/1", ttl_s=0.4) as other:
+        assert await one.acquire(0) == (1, None)
+        term, left_s = await other.acquire(0)
+        assert term == 1
+        assert left_s is not None
+        assert 0 < left_s <= 0.4
+        assert await one.renew(1)
+        assert not await other.renew(1)
+        assert not await other.release(1)
+        assert await one.release(1)
+        assert not await one.release(1)
+        assert await other.acquire(0) == (2, None)
+        await asyncio.sleep(0.5)
+        assert not await other.renew(2)
+        assert await one.acquire(41) == (42, None)
+        assert await one.acquire(0) == (43, None)  # its first answer may have been lost
+        assert not await one.renew(42)
+        assert await one.renew(43)
+
+
+async def test_a_holder_whose_name_begins_like_anothers_is_somebody_else(registry: Registry) -> None:
+    async with registry.lease("a/1", ttl_s=5) as one, registry.lease("a/12", ttl_s=5) as other:
+        assert await other.acquire(0) == (1, None)
+        assert (await one.acquire(0))[1] is not None
+
+
+async def test_only_who_has_the_lease_writes_deployments(registry: Registry) -> None:
+    async with registry.lease("a/1", ttl_s=5) as one, registry.lease("b/1", ttl_s=5) as other:
+        await one.acquire(0)
+        await registry.write(a_deployment("m"), one.value(1))
+        await one.release(1)
+        await other.acquire(0)
+        for late in (registry.write(a_deployment("n"), one.value(1)), registry.erase(DeploymentRecord, "m", "a/1 1")):
+            with pytest.raises(HearthError) as caught:
+                await late
+            assert caught.value.failure.code is Code.STALE_EPOCH
+        assert [record.spec.name for record in await registry.all(DeploymentRecord)] == ["m"]
+        await registry.erase(DeploymentRecord, "m", other.value(2))
+        assert await registry.all(DeploymentRecord) == []
+        view = await registry.view()
+        assert view.deployments == ()
+
+
+async def test_looks_decode_what_has_changed_and_forget_what_is_gone(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[bytes] = []
+    decode = codec.decode
+
+    def counted(data: bytes, kind: Any) -> Any:
+        decoded.append(data)
+        return decode(data, kind)
+
+    monkeypatch.setattr(codec, "decode", counted)
+    for number in range(300):
+        await registry.put(a_worker(f"w{number:03}"), ttl_s=30)
+    first = await registry.view()
+    assert (len(first.workers), len(decoded)) == (300, 300)
+    assert await registry.view() == first
+    assert len(decoded) == 300
+    await registry.put(msgspec.structs.replace(a_worker("w007"), pid=2), ttl_s=30)
+    await registry.delete(WorkerRecord, "w008")
+    second = await registry.view()
+    assert len(decoded) == 301
+    assert [one.worker_id for one in second.workers] == [f"w{n:03}" for n in range(300) if n != 8]
+    assert second.workers[7].pid == 2
+    assert await registry.all(WorkerRecord) == list(second.workers)
+    assert len(decoded) == 301

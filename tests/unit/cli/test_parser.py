@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from services.cli.parser import SERVICES, STORE_ACTIONS, VERBS, parse
+from services.cli.parser import SERVICES, SIMULATOR, STORE_ACTIONS, VERBS, parse
 
 
 def test_every_verb_leads_to_a_function() -> None:
@@ -24,7 +24,7 @@ WRONG = (
     "store import", "store pin", "migrate", "migrate a b", "drain", "drain w --timeout soon", "drain w --und",
     "requests x", "up --workers 0", "store evict c --tier tape", "store export c", "store ls --serv a",
     "deploy m --label gpu", "deploy m --label a=1,b=2", "deploy m --label =1", "deploy m --devices 0",
-    "deploy m --priority high",
+    "deploy m --priority high", "explain a b", "explain a --last 0", "explain a --last 65", "explain a --last many",
 )  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def test_wrong_usage_is_2(line: str, capsys: pytest.CaptureFixture[str]) -> None
     [
         ["--help"],
         ["--version"],
-        *([name, "--help"] for name, *_ in VERBS),
+        *([name, "--help"] for name, *_ in VERBS if name not in SIMULATOR),
         *(["store", name, "--help"] for name, *_ in STORE_ACTIONS if name != "bench"),
     ],
 )
@@ -116,6 +116,13 @@ def test_the_options_of_a_bench_are_its_own() -> None:
     for rest in (["--help"], ["--size", "1GiB", "--json"], []):
         verb = parse(["store", "bench", *rest])
         assert (verb.function, verb.options.rest) == ("bench", rest)
+
+
+@pytest.mark.parametrize("name", SIMULATOR)
+def test_the_options_of_the_simulator_are_its_own(name: str) -> None:
+    for rest in (["--help"], ["--rate", "1", "--json", "-"], []):
+        verb = parse([name, *rest])
+        assert (verb.module, verb.options.verb, verb.options.rest) == ("services.cli.simulate", name, rest)
 
 
 GOLDEN_ACTIONS = """

@@ -103,7 +103,8 @@ class Bench:
     def claim(
         self, request_id: str = "a", worker: str = "w1", delivery: int = 1, **more: Any
     ) -> Claimed | Gone | Failure:
-        claim = Claim(request_id=request_id, worker_id=worker, replica_id="r", delivery=delivery, **more)
+        more = {"replica_id": "r", **more}
+        claim = Claim(request_id=request_id, worker_id=worker, delivery=delivery, **more)
         (answered,) = only(self.do(c.ClaimAsked(claim, lambda _: None)), c.AnswerClaim)
         return answered.answer
 

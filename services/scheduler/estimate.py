@@ -1,0 +1,454 @@
+"""How long things will take, learnt from how long they took. Pure.
+
+A startup is `wait + move + attach (+ making room)`: the time in the lane of the store's queue, the bytes that are not
+there yet at the bandwidth of the slowest tier on the way, and what the worker does besides. That is the estimate of
+ServerlessLLM (Fu et al., OSDI 2024, section 6), with one more part: their loading time is `q + n / b`, while here the
+worker's own work is not small against it. The tiers are pipelined, so a bandwidth is that of the whole way, learnt from
+whole transfers. The cost of recomputing a running request elsewhere is theirs, too: `a · (t_in + t_out) + b`.
+
+Most of the worker's work needs no bytes: it is done while they arrive. So attaching has two figures, the `whole` of it
+and the `rest` after the last byte; a startup takes `wait + max(move + rest, whole)`.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Final, TypeVar
+
+from services.scheduler.accuracy import Accuracy, Errors, Missed
+from services.scheduler.lanes import Lanes
+from services.scheduler.learning import Fit, Level, MovingSpeed, Straight
+from services.scheduler.terms import Startup
+from shared.contracts.migration import MigrationEnded, MigrationOutcome
+from shared.contracts.placement import ReplicaLoaded
+from shared.contracts.records import ReplicaRecord, ReplicaState, ServerRecord
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+MOVING_TIERS: Final = ("ssd", "peer", "remote")
+TOLD_CHANGE: Final = 0.02  # what servers that were never measured share is changed when it has moved by this much
+REMEMBERED: Final = 65536  # replicas, checkpoints per device kind, pairs of workers: the oldest are forgotten
+OUTPUT_KEPT: Final = 0.99  # of the weight of earlier requests, for every one that ends
+RESUME_SCALE_TOKENS: Final = 1000.0
+ATTACH_SCALE_BYTES: Final = float(1 << 30)
+EULER_GAMMA: Final = 0.5772156649
+WAITED: Final = 1.02  # move + attach this many times all of the work: the worker has waited for bytes
+# What a request that has generated more than the average is still expected to generate, in averages: none if all are
+# of one length, one if lengths are exponential; what people ask for is between the two.
+LEFT_BEYOND_AVERAGE: Final = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Priors:
+    """What is believed before anything was measured: an ordinary NVMe disk, 10 Gb/s between servers, 2 to the source.
+
+    `bytes_per_s` is by tier ("dram": copies within memory, which no load waits for). Attaching takes `attach_s` and a
+    second per `attach_bytes_per_s`, by kind of device. A request resumes in `resume_token_s` per token and `resume_s`.
+    """
+
+    bytes_per_s: Mapping[str, float] = field(
+        default_factory=lambda: MappingProxyType({"dram": 1e10, "ssd": 1e9, "peer": 5e8, "remote": 2e8})
+    )
+    attach_s: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({"cpu": 0.2, "cuda": 0.5}))
+    attach_bytes_per_s: Mapping[str, float] = field(
+        default_factory=lambda: MappingProxyType({"cpu": 5e10, "cuda": 1e10})
+    )
+    attach_rest: float = 0.5
+    stop_s: float = 0.1
+    resume_token_s: float = 1e-3
+    resume_s: float = 0.1
+    step_s: float = 0.05
+    output_tokens: float = 128.0
+
+
+@dataclass(slots=True)
+class _Server:
+    """What is known of one server. `own` are the speeds that its loads have shown, `said` (seconds per byte) those that
+    its store has measured."""
+
+    lanes: Lanes = field(default_factory=Lanes)
+    own: dict[str, MovingSpeed] = field(default_factory=dict)
+    said: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Attaching:
+    """Of one checkpoint on one kind of device, seconds: all of the work, from DRAM; all that was done while bytes came
+    (on CUDA without the copies, which follow the bytes); the rest after the last byte."""
+
+    whole: Level = field(default_factory=Level)
+    work: Level = field(default_factory=Level)
+    rest: Level = field(default_factory=Level)
+
+
+@dataclass(slots=True)
+class _Deployment:
+    """What requests of one deployment are like. `tokens` of requests that have ended were not counted yet."""
+
+    resume: Fit
+    tokens: float = 0.0
+    sum_tokens: float = 0.0
+    sum_requests: float = 0.0
+    step: Level = field(default_factory=Level)
+    prefill_token: Level = field(default_factory=Level)
+
+
+@dataclass(slots=True)
+class _Counted:
+    """What a replica had counted when it was last heard of."""
+
+    finished: int
+    ended_tokens: int
+
+
+class Estimator:
+    """Learns from what is said; answers in seconds, never negative. `now` is the scheduler's monotonic second."""
+
+    def __init__(self, priors: Priors | None = None) -> None:
+        self.priors: Final = priors or Priors()
+        self._servers: dict[str, _Server] = {}
+        self._common = {tier: MovingSpeed(1.0 / self.priors.bytes_per_s[tier]) for tier in MOVING_TIERS}
+        self._shared = {tier: speed.seconds_per_byte for tier, speed in self._common.items()}
+        self._attaching: collections.OrderedDict[tuple[str, str], _Attaching] = collections.OrderedDict()
+        self._attach_fits: dict[str, Fit] = {}
+        self._rests: dict[str, Level] = {}
+        self._stop = Level(self.priors.stop_s)
+        self._deployments: dict[str, _Deployment] = {}
+        self._resume = Fit(Straight(self.priors.resume_token_s, self.priors.resume_s), RESUME_SCALE_TOKENS)
+        self._counted: collections.OrderedDict[str, _Counted] = collections.OrderedDict()
+        self._migrated_at: collections.OrderedDict[tuple[str, str], float] = collections.OrderedDict()
+        self._promised_on: dict[str, str] = {}
+        self._accuracy = Accuracy()
+
+    # -- what is heard ---------------------------------------------------------------------------------------------
+
+    def server_said(self, record: ServerRecord, now: float) -> None:
+        """A server's record was read."""
+        server = self._server(record.server_id)
+        server.lanes.said(record, now)
+        for tier, bytes_per_s in (
+            ("ssd", record.ssd_bytes_per_s),
+            ("peer", record.peer_bytes_per_s),
+            ("remote", record.remote_bytes_per_s),
+        ):
+            if bytes_per_s is not None and bytes_per_s > 0:
+                server.said[tier] = 1.0 / bytes_per_s
+
+    def replica_said(self, record: ReplicaRecord, now: float) -> None:
+        """A replica's record was read."""
+        self._follow_promise(record)
+        deployment = self._deployment(record.deployment)
+        if record.step_s is not None and record.step_s > 0:
+            deployment.step.learn(record.step_s)
+        if record.prefill_token_s is not None and record.prefill_token_s > 0:
+            deployment.prefill_token.learn(record.prefill_token_s)
+        self._count(record, deployment)
+
+    def loaded(self, report: ReplicaLoaded, now: float) -> tuple[str, ...]:
+        """A load has ended well: the servers whose bandwidths are estimated otherwise now, by id."""
+        self.settled(report.replica_id)
+        self._learn_attach(report)
+        tier = report.tier
+        if report.moved_bytes <= 0 or report.move_s <= 0 or tier not in MOVING_TIERS:
+            return ()
+        server = self._server(report.server_id)
+        if tier not in server.own:
+            server.own[tier] = MovingSpeed(self.seconds_per_byte(report.server_id, tier))
+        server.own[tier].learn(report.moved_bytes, report.move_s)
+        common = self._common[tier]
+        common.learn(report.moved_bytes, report.move_s)
+        changed = {report.server_id: None}
+        if abs(common.seconds_per_byte - self._shared[tier]) > TOLD_CHANGE * self._shared[tier]:
+            self._shared[tier] = common.seconds_per_byte
+            unmeasured = (id for id, one in self._servers.items() if tier not in one.own and tier not in one.said)
+            changed.update(dict.fromkeys(unmeasured))
+        return tuple(sorted(changed))
+
+    def migrated(self, ended: MigrationEnded, now: float) -> None:
+        """A migration has ended. Those of one source to one destination go one after another."""
+        pair = (ended.source_worker_id, ended.destination_worker_id)
+        before = self._migrated_at.get(pair)
+        _put(self._migrated_at, pair, now)
+        if ended.outcome is not MigrationOutcome.COMMITTED or ended.tokens <= 0 or ended.total_s <= 0:
+            return
+        own_s = ended.total_s if before is None else max(0.0, min(ended.total_s, now - before))
+        self._resume.learn(ended.tokens, own_s)
+        self._deployment(ended.deployment).resume.learn(ended.tokens, own_s)
+
+    def stopped(self, seconds: float) -> None:
+        """A replica that ran nothing was gone so long after it was told to stop."""
+        if seconds >= 0:
+            self._stop.learn(seconds)
+
+    def promised(
+        self, server_id: str, replica_id: str, missing_bytes: int, tier: str, now: float, key: str = ""
+    ) -> None:
+        """A load was commanded that the server's record cannot show yet; `key` is its checkpoint, if known."""
+        self.settled(replica_id)
+        if missing_bytes > 0 and tier in MOVING_TIERS:
+            self._server(server_id).lanes.promise(replica_id, key, missing_bytes, tier, now)
+            self._promised_on[replica_id] = server_id
+            while len(self._promised_on) > REMEMBERED:
+                self.settled(next(iter(self._promised_on)))
+
+    def settled(self, replica_id: str) -> None:
+        """A load is over, one way or another."""
+        server = self._servers.get(self._promised_on.pop(replica_id, ""))
+        if server is not None:
+            server.lanes.promises.pop(replica_id, None)
+
+    def observed(self, id: str, predicted: Startup, report: ReplicaLoaded) -> Missed:
+        """A load that was estimated has ended; `id` is the replica's, or the decision's."""
+        return self._accuracy.observed(id, predicted, report)
+
+    def forget_server(self, server_id: str) -> None:
+        """This server is gone."""
+        server = self._servers.pop(server_id, None)
+        for replica_id in server.lanes.promises if server is not None else ():
+            self._promised_on.pop(replica_id, None)
+
+    def forget_deployment(self, name: str) -> None:
+        """This deployment is gone."""
+        self._deployments.pop(name, None)
+
+    # -- bytes -----------------------------------------------------------------------------------------------------
+
+    def seconds_per_byte(self, server_id: str, tier: str) -> float:
+        """Of the whole way from `tier` to this server's DRAM: as its own loads have shown, else as its store has
+        measured, else as those of all servers have shown."""
+        if tier not in MOVING_TIERS:
+            return 1.0 / self.priors.bytes_per_s["dram"]
+        server = self._servers.get(server_id)
+        if server is not None and tier in server.own:
+            return server.own[tier].seconds_per_byte
+        if server is not None and tier in server.said:
+            return server.said[tier]
+        return self._shared[tier]
+
+    def bandwidth(self, server_id: str, tier: str) -> float:
+        """Bytes per second of the slowest tier on the way from `tier` to this server's DRAM."""
+        return 1.0 / self.seconds_per_byte(server_id, tier)
+
+    def wait_s(self, server_id: str, tier: str, now: float, key: str = "") -> float:
+        """Seconds until a new load from `tier` (of checkpoint `key`, if it may stand in the queue already) begins."""
+        server = self._servers.get(server_id)
+        if server is None or tier not in MOVING_TIERS:
+            return 0.0
+        shown, unseen = server.lanes.ahead(tier, now, key)
+        said_s = max(0.0, shown * self.seconds_per_byte(server_id, tier) - (now - server.lanes.said_at))
+        return said_s + sum(count * self.seconds_per_byte(server_id, from_tier) for from_tier, count in unseen)
+
+    # -- the worker's part -----------------------------------------------------------------------------------------
+
+    def attach_s(self, device: str, key: str, weight_bytes: int) -> float:
+        """All of the worker's work to attach a checkpoint that is in DRAM."""
+        kind = _kind(device)
+        known = self._attaching.get((kind, key))
+        if known is not None and known.whole.value is not None:
+            return known.whole.value
+        believed = self._attach_fit(kind).line.at(weight_bytes)
+        if known is None or known.work.value is None:
+            return believed
+        return known.work.value if kind == "cpu" else max(known.work.value, believed)
+
+    def attach_rest_s(self, device: str, key: str, weight_bytes: int) -> float:
+        """What is left of it when the last byte arrives, at least: a load takes `wait + max(move + rest, attach)`."""
+        kind = _kind(device)
+        work_s = self._work_s(kind, key, weight_bytes)
+        known = self._attaching.get((kind, key))
+        if known is not None and known.rest.value is not None:
+            return min(work_s, known.rest.value)
+        part = self._rests[kind].value if kind in self._rests else None
+        return work_s * min(1.0, self.priors.attach_rest if part is None else part)
+
+    def startup(
+        self,
+        server_id: str,
+        device: str,
+        key: str,
+        weight_bytes: int,
+        missing_bytes: int,
+        tier: str,
+        now: float,
+        room_s: float = 0.0,
+    ) -> Startup:
+        """The start of a replica here. `missing_bytes` of `weight_bytes` are not in this server's DRAM; `tier` is where
+        they come from. What is on its way already has nobody in front of it."""
+        if missing_bytes <= 0 or tier not in MOVING_TIERS:
+            return Startup(attach_s=self.attach_s(device, key, weight_bytes), room_s=room_s)
+        server = self._servers.get(server_id)
+        arriving = server is not None and key in server.lanes.arriving
+        move_s = missing_bytes * self.seconds_per_byte(server_id, tier)
+        work_s = self._work_s(_kind(device), key, weight_bytes)
+        return Startup(
+            wait_s=0.0 if arriving else self.wait_s(server_id, tier, now, key),
+            move_s=move_s,
+            attach_s=max(self.attach_rest_s(device, key, weight_bytes), work_s - move_s),
+            room_s=room_s,
+        )
+
+    # -- those who run ---------------------------------------------------------------------------------------------
+
+    def stop_s(self) -> float:
+        """From the command to stop a replica that runs nothing until it is gone."""
+        assert self._stop.value is not None
+        return self._stop.value
+
+    def mean_output_tokens(self, deployment: str) -> float:
+        """Tokens that a request of this deployment generates; what is believed before counts as one request."""
+        known, prior = self._deployments.get(deployment), self.priors.output_tokens
+        if known is None:
+            return prior
+        return (known.sum_tokens + prior) / (known.sum_requests + 1.0)
+
+    def remaining_s(self, replica: ReplicaRecord) -> float:
+        """Until the last of its running requests is expected to end; 0 if nothing runs.
+
+        Of n requests of random (exponential) length the last one ends after 1 + 1/2 + … + 1/n times as long as one.
+        """
+        if replica.running <= 0:
+            return 0.0
+        average = self.mean_output_tokens(replica.deployment)
+        made = replica.output_tokens / replica.running
+        left = max(average - made, LEFT_BEYOND_AVERAGE * average) * _harmonic(replica.running)
+        if replica.left_tokens > 0:
+            left = min(left, replica.left_tokens)
+        return left * self._step_s(replica)
+
+    def resume_s(self, replica: ReplicaRecord) -> float:
+        """To recompute all its running requests elsewhere, one after another; 0 if nothing runs."""
+        if replica.running <= 0:
+            return 0.0
+        line = self.resume_line(replica.deployment)
+        return line.slope * replica.context_tokens + line.base * replica.running
+
+    def resume_line(self, deployment: str) -> Straight:
+        """`a` (slope) and `b` (base) of `resume = a · (t_in + t_out) + b` for one request of this deployment."""
+        known = self._deployments.get(deployment)
+        if known is None:
+            return self._resume.line
+        common = self._resume.line
+        slope = known.prefill_token.value
+        known.resume.belief = Straight(common.slope if slope is None else slope, common.base)
+        return known.resume.line
+
+    def errors(self) -> Errors:
+        """How far the estimates of the last loads were from what they took."""
+        return self._accuracy.errors()
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _server(self, server_id: str) -> _Server:
+        return self._servers.setdefault(server_id, _Server())
+
+    def _deployment(self, name: str) -> _Deployment:
+        known = self._deployments.get(name)
+        if known is None:
+            known = self._deployments[name] = _Deployment(Fit(self._resume.line, RESUME_SCALE_TOKENS))
+            while len(self._deployments) > REMEMBERED:
+                del self._deployments[next(iter(self._deployments))]
+        return known
+
+    def _attach_fit(self, kind: str) -> Fit:
+        fit = self._attach_fits.get(kind)
+        if fit is None:
+            priors = self.priors
+            base = priors.attach_s.get(kind, priors.attach_s["cpu"])
+            bytes_per_s = priors.attach_bytes_per_s.get(kind, priors.attach_bytes_per_s["cpu"])
+            fit = self._attach_fits[kind] = Fit(Straight(1.0 / bytes_per_s, base), ATTACH_SCALE_BYTES)
+        return fit
+
+    def _learn_attach(self, report: ReplicaLoaded) -> None:
+        kind = _kind(report.device)
+        known = self._attaching.get((kind, report.checkpoint_id)) or _Attaching()
+        _put(self._attaching, (kind, report.checkpoint_id), known)
+        if report.moved_bytes <= 0:
+            known.whole.learn(report.attach_s)
+            self._attach_fit(kind).learn(report.weight_bytes, report.attach_s)
+            return
+        work_s = max(report.work_s, report.attach_s)
+        known.work.learn(work_s)
+        if kind == "cpu":
+            self._attach_fit(kind).learn(report.weight_bytes, work_s)
+        if report.move_s + report.attach_s > WAITED * work_s:  # bytes were waited for: nothing else was left to do
+            known.rest.learn(report.attach_s)
+            if work_s > 0:
+                self._rests.setdefault(kind, Level()).learn(report.attach_s / work_s)
+        elif known.rest.value is not None and report.attach_s < known.rest.value:
+            known.rest = Level(report.attach_s)  # what is left after the last byte is never less than the rest
+
+    def _work_s(self, kind: str, key: str, weight_bytes: int) -> float:
+        """All of the worker's work while bytes arrive."""
+        known = self._attaching.get((kind, key))
+        if known is not None and known.work.value is not None:
+            return known.work.value
+        return self.attach_s(kind, key, weight_bytes)
+
+    def _step_s(self, replica: ReplicaRecord) -> float:
+        if replica.step_s is not None and replica.step_s > 0:
+            return replica.step_s
+        known = self._deployments.get(replica.deployment)
+        return self.priors.step_s if known is None or known.step.value is None else known.step.value
+
+    def _count(self, record: ReplicaRecord, deployment: _Deployment) -> None:
+        """Output tokens per request that has ended. What a migrating request has generated is added at its source and
+        taken away at its destination."""
+        before = self._counted.get(record.replica_id)
+        ended_tokens = record.generated_tokens - record.output_tokens
+        deployment.tokens += ended_tokens - (before.ended_tokens if before else 0)
+        finished = record.finished_requests - (before.finished if before else 0)
+        if finished > 0:
+            kept = OUTPUT_KEPT**finished
+            deployment.sum_requests = kept * deployment.sum_requests + finished
+            deployment.sum_tokens = kept * deployment.sum_tokens + max(0.0, deployment.tokens)
+            deployment.tokens = min(0.0, deployment.tokens)
+        _put(self._counted, record.replica_id, _Counted(record.finished_requests, ended_tokens))
+
+    def _follow_promise(self, record: ReplicaRecord) -> None:
+        server = self._servers.get(self._promised_on.get(record.replica_id, ""))
+        if server is None:
+            return
+        attaching = record.load is not None and record.load.phase == "attaching"
+        if record.state is not ReplicaState.LOADING or attaching:
+            self.settled(record.replica_id)
+            return
+        promise = server.lanes.promises.get(record.replica_id)
+        if promise is not None and not promise.key:
+            promise.key = record.checkpoint_id
+
+
+def whereabouts(record: ServerRecord, key: str, weight_bytes: int, *, peers: bool) -> tuple[str, int]:
+    """From which tier a server would load a checkpoint, and how many of its bytes are not in its DRAM.
+
+    `peers`: another server could give it. What is arriving counts as far as it has arrived.
+    """
+    if record.dram.get(key, 0) >= max(1, weight_bytes):
+        return "dram", 0
+    elsewhere = "peer" if peers else "remote"
+    arrived = record.dram_arriving.get(key, 0)
+    if record.ssd.get(key, 0) >= max(1, weight_bytes):
+        return "ssd", max(0, weight_bytes - arrived)
+    return elsewhere, max(0, weight_bytes - max(arrived, record.ssd_arriving.get(key, 0)))
+
+
+def _put(kept: collections.OrderedDict[K, V], key: K, value: V) -> None:
+    """Remember; forget the oldest of too many."""
+    kept[key] = value
+    kept.move_to_end(key)
+    while len(kept) > REMEMBERED:
+        kept.popitem(last=False)
+
+
+def _kind(device: str) -> str:
+    """ "cpu", "cuda"."""
+    return device.partition(":")[0] or "cpu"
+
+
+def _harmonic(count: int) -> float:
+    """1 + 1/2 + … + 1/count, within 1 % (Euler, Maclaurin)."""
+    return math.log(count) + EULER_GAMMA + 0.5 / count - 1.0 / (12.0 * count * count)

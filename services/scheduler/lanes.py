@@ -1,0 +1,81 @@
+"""What a new load would wait for on a server: the two lanes of its store, and what has been commanded since. Pure.
+
+A store reads one image after another from its SSD, and brings one after another from elsewhere; the two go on side by
+side. Loads that users wait for go before all others, so only they count. What the store's record does not show yet, but
+was commanded, is a promise: it counts until the record shows it, or what it was for is over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from shared.contracts.records import ServerRecord
+
+PROMISE_S: Final = 10.0  # a command that shows no effect by then is forgotten
+UNSEEN_S: Final = 2.0  # by then the record shows a load whose checkpoint is not known here
+
+
+@dataclass(slots=True)
+class _Promise:
+    """A load that was commanded at `at`; `key` is its checkpoint ("": not known yet), `seen` in the store's record."""
+
+    key: str
+    bytes: int
+    tier: str
+    at: float
+    seen: bool = False
+
+
+@dataclass(slots=True)
+class Lanes:
+    """The lanes of one server. Lane "ssd" and lane "import" map checkpoint id → bytes to move, in order."""
+
+    said_at: float = 0.0
+    queues: dict[str, dict[str, int]] = field(default_factory=dict)
+    arriving: dict[str, int] = field(default_factory=dict)
+    promises: dict[str, _Promise] = field(default_factory=dict)
+
+    def said(self, record: ServerRecord, now: float) -> None:
+        """What the store says now."""
+        self.said_at = now
+        self.queues = {"ssd": record.ssd_queue, "import": record.import_queue}
+        self.arriving = record.dram_arriving
+        if not self.promises:
+            return
+        for id, one in list(self.promises.items()):
+            if one.key in record.ssd_queue or one.key in record.import_queue:
+                one.seen = True
+            elif one.seen or (one.key and one.key in record.dram) or (not one.key and now - one.at > UNSEEN_S):
+                del self.promises[id]  # its bytes are there, or will not come
+
+    def promise(self, replica_id: str, key: str, size_bytes: int, tier: str, now: float) -> None:
+        """A load was commanded."""
+        self.promises = {id: one for id, one in self.promises.items() if now - one.at <= PROMISE_S or one.seen}
+        shown = any(key in queue for queue in self.queues.values())
+        self.promises[replica_id] = _Promise(key, size_bytes, tier, now, seen=shown)
+
+    def ahead(self, tier: str, now: float, key: str = "") -> tuple[int, list[tuple[str, int]]]:
+        """Bytes that the lane for `tier` has yet to move, by the store's last word, before a new load begins; and
+        those of promises, with their tiers.
+
+        A load of checkpoint `key` that stands in the lane already waits only for what stands before it.
+        """
+        lane = lane_of(tier)
+        shown = 0
+        queue = self.queues.get(lane, {})
+        for id, size_bytes in queue.items():
+            if id == key:
+                return shown, []
+            shown += size_bytes
+        unseen: dict[str, tuple[str, int]] = {}
+        for id, one in self.promises.items():
+            if one.seen or lane_of(one.tier) != lane or now - one.at > PROMISE_S or (key and one.key == key):
+                continue
+            unseen.setdefault(one.key or id, (one.tier, one.bytes))
+        return shown, list(unseen.values())
+
+
+def lane_of(tier: str) -> str:
+    """The lane that a load from this tier takes."""
+    return "ssd" if tier == "ssd" else "import"
