@@ -29,8 +29,6 @@ from shared.contracts.records import (
 
 # A store says with its next record what a stopped replica gave back; until then it is taken for given back.
 RELEASE_S: Final = 1.5
-# A gateway repeats every second what waits; one that has been silent for longer is not believed any more.
-AGE_S: Final = 3.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +136,6 @@ class Cluster:
         self.rooms: dict[str, Room] = Table(self._room_changed)
         self.depths: dict[str, int] = Table(self._depth_changed)
         self.hinted_at: dict[str, float] = {}
-        self._ages: dict[str, dict[str, tuple[int, float, float]]] = {}  # by gateway: how many, since when, heard at
         self.depths_asked_at = -math.inf
         self.ready_at: dict[str, float] = {}
         self.releases = 0
@@ -506,27 +503,6 @@ class Cluster:
     def outstanding(self, name: str) -> int:
         """Requests waiting or running, as far as known: a hint counts as one until the queues are read again."""
         return max(self.depths.get(name, 0), 1 if name in self.hinted_at else 0)
-
-    def heard_age(self, name: str, gateway_id: str, waiting: int, oldest_s: float, now: float) -> None:
-        """A gateway says how many requests run nowhere, and how long the oldest has waited."""
-        ages = self._ages.setdefault(name, {})
-        if waiting > 0:
-            ages[gateway_id] = (waiting, now - oldest_s, now)
-        else:
-            ages.pop(gateway_id, None)
-            if not ages:
-                del self._ages[name]
-        self._touched_names[name] = None
-
-    def oldest_at(self, name: str, now: float) -> float:
-        """The moment since which the oldest request waits that runs nowhere; infinite if nobody says so."""
-        ages = self._ages.get(name, {})
-        return min((since for _, since, heard in ages.values() if now - heard <= AGE_S), default=math.inf)
-
-    def waiting(self, name: str, now: float) -> int:
-        """Requests that run nowhere, as the gateways have said in the last seconds."""
-        ages = self._ages.get(name, {})
-        return sum(waiting for waiting, _, heard in ages.values() if now - heard <= AGE_S)
 
     # -- what is where ------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from services.scheduler import autoscale, choice
 from services.scheduler.clearing import Clearing
 from services.scheduler.cluster import Cluster, PendingStop, serves
 from services.scheduler.decisions import Measured
+from services.scheduler.demand import DemandKept
 from services.scheduler.deployments import Deployments
 from services.scheduler.estimate import Estimator, Priors
 from services.scheduler.events import (
@@ -82,7 +83,6 @@ RETRY_S: Final = 0.1
 MOST_TRIES: Final = 4
 LATER_S: Final = 0.02
 MOST_ERRORS: Final = 1024
-QUIET_S: Final = 2.0
 
 
 @dataclass(slots=True)
@@ -110,9 +110,10 @@ class Core:
         self.cluster = cluster = Cluster(kv_bytes_max=rules.kv_bytes_max)
         self.estimator = Estimator(priors or Priors())
         self.fairness = Fairness(rules.fairness)
+        self.demand = DemandKept()
         self.deployments = Deployments(cluster)
-        outlook = Outlook(rules, cluster, self.estimator, self.fairness, self._destinations, self._quiet)
-        self.placing = Placing(rules, cluster, outlook, self.fairness, decide, instance=instance)
+        outlook = Outlook(rules, cluster, self.estimator, self.fairness, self.demand, self._destinations)
+        self.placing = Placing(rules, cluster, outlook, self.fairness, self.demand, decide, instance=instance)
         self.health = Health(rules, cluster, self.deployments, self.placing, self._review_at)
         self.looks = Looks(rules, cluster)
         self.moves = Moves(rules, cluster, self.placing, self.health.troubles)
@@ -123,7 +124,6 @@ class Core:
         self._instance = instance
         self._bound_held = True
         self._startups: dict[str, float] = {}
-        self._asked_at: dict[str, float] = {}
         self._oriented = False
         self._wanting_since: dict[str, float] = {}
         self._deferred: dict[str, Deferral] = {}
@@ -168,7 +168,7 @@ class Core:
         cluster = self.cluster
         return {
             name: (
-                autoscale.wanted_replicas(cluster, name) if serves(record) else 0,
+                autoscale.wanted_replicas(cluster, name, floor=self.demand.floor(name)) if serves(record) else 0,
                 len(cluster.serving(name)) + len(cluster.coming(name)),
                 cluster.outstanding(name),
             )
@@ -324,12 +324,11 @@ class Core:
         record = cluster.deployments.get(name)
         if record is None:
             return False
-        if not event.gateway_id:
-            self._asked_at[name] = now
-        else:
-            cluster.heard_age(name, event.gateway_id, event.waiting, event.oldest_s, now)
-            if event.waiting == 0:
-                return False
+        self.demand.heard(event, now)
+        if event.gateway_id:
+            cluster.touch(name)
+        if not event.waiting:
+            return False
         cluster.hinted_at[name] = now
         have = len(cluster.serving(name)) + len(cluster.coming(name))
         if have < record.spec.max_replicas:
@@ -426,10 +425,6 @@ class Core:
             }
             out.append(Note("bound.held" if bound.held else "bound.lost", facts))
 
-    def _quiet(self, name: str, for_s: float, now: float) -> bool:
-        """Whether nothing is likely to be asked of a deployment for so many seconds."""
-        return now - self._asked_at.get(name, -math.inf) >= QUIET_S
-
     def _destinations(self, replica: ReplicaRecord, now: float) -> Sequence[tuple[str, str, int]]:
         """Where what runs in a replica could go at once."""
         found = self.moves.destinations(replica, now)
@@ -502,11 +497,12 @@ class Core:
         if record is None:
             self._content(name, now)
             self._startups.pop(name, None)
-            self._asked_at.pop(name, None)
+            self.demand.forget(name)
             self.estimator.forget_deployment(name)
             return
         if serves(record):
-            self._stop_superfluous(name, now, out)
+            self._weigh_age(name, record, now)
+            self._stop_superfluous(name, record, now, out)
             self._learn(name, record, now, out)
         if self._missing(name) > 0:
             self._stand_in_line(name, record, now)
@@ -517,18 +513,18 @@ class Core:
     def _stand_in_line(self, name: str, record: DeploymentRecord, now: float) -> None:
         """It wants replicas. Only who has none has a claim on somebody else's place."""
         cluster = self.cluster
-        oldest_at = cluster.oldest_at(name, now)
-        since = self._wanting_since.setdefault(name, min(now, oldest_at))
+        oldest_at = self.demand.pressure.since(name, now)
+        since = self._wanting_since.setdefault(name, now if oldest_at is None else min(now, oldest_at))
         first = cluster.outstanding(name) > 0 and not cluster.serving(name) and not cluster.coming(name)
         if first and not self.health.resting(name, now):
-            self.fairness.wanting(name, since, record.spec.priority, self._startup_s(name, record, now), now)
+            self.fairness.wanting(name, since, record.spec.priority, self._startup_s(name, record), now)
             urgent_at = self.fairness.urgent_at(name, now)
             if urgent_at is not None:
                 self._review_at(name, max(urgent_at, now + LATER_S))
         else:
             self.fairness.satisfied(name, now)
 
-    def _startup_s(self, name: str, record: DeploymentRecord, now: float) -> float:
+    def _startup_s(self, name: str, record: DeploymentRecord) -> float:
         """What its startup will take, roughly: as last decided, else from its source."""
         known = self._startups.get(name)
         if known is not None:
@@ -558,10 +554,27 @@ class Core:
             elif replica.revision != record.revision:
                 self.placing.stop(replica, "revision", now, out, drain=True)
 
-    def _stop_superfluous(self, name: str, now: float, out: list[Action]) -> None:
-        for replica in autoscale.superfluous(self.cluster, name, now):
+    def _weigh_age(self, name: str, record: DeploymentRecord, now: float) -> None:
+        """Whether its requests wait so long that it needs one more replica, however few they are."""
+        cluster = self.cluster
+        serving = cluster.serving(name)
+        ready = sum(one.state is ReplicaState.READY for one in serving)
+        self.demand.weigh(
+            name,
+            ready=ready,
+            coming=len(serving) - ready + len(cluster.coming(name)),
+            load_s=self._startup_s(name, record),
+            now=now,
+        )
+        due_at = self.demand.pressure.due_at(name)
+        if due_at is not None:
+            self._review_at(name, max(due_at, now + LATER_S))
+
+    def _stop_superfluous(self, name: str, record: DeploymentRecord, now: float, out: list[Action]) -> None:
+        floor, keep_s = self.demand.floor(name), autoscale.keep_alive_s(record.spec, self.demand.arrivals)
+        for replica in autoscale.superfluous(self.cluster, name, now, floor=floor, keep_s=keep_s):
             self.placing.stop(replica, "keep_alive", now, out)
-        at = autoscale.next_superfluous_at(self.cluster, name, now)
+        at = autoscale.next_superfluous_at(self.cluster, name, now, floor=floor, keep_s=keep_s)
         if at is not None:
             self._review_at(name, max(at, now + LATER_S))
 
@@ -589,7 +602,7 @@ class Core:
         record = self.cluster.deployments.get(name)
         if record is None or not serves(record):
             return 0
-        wanted = autoscale.wanted_replicas(self.cluster, name)
+        wanted = autoscale.wanted_replicas(self.cluster, name, floor=self.demand.floor(name))
         return wanted - len(self.cluster.serving(name)) - len(self.cluster.coming(name))
 
     def _serve(self, now: float, out: list[Action]) -> None:
@@ -632,7 +645,17 @@ class Core:
         """Decide about one replica; whether it was placed."""
         record = self.cluster.deployments[name]
         means, since = self._means(name, now), self._wanting_since.get(name, now)
-        ask, decision = self.placing.place(record, since, now, out, avoid=self.health.avoided(name), means=means)
+        ask, decision = self.placing.place(
+            record,
+            since,
+            now,
+            out,
+            avoid=self.health.avoided(name),
+            load_s=self._startup_s(name, record),
+            means=means,
+        )
+        if self.placing.wake_for < math.inf:
+            self._review_at(name, max(self.placing.wake_for, now + LATER_S))
         if decision.chosen is not None:
             self._startups[name] = decision.chosen.startup.total_s
         match decision.outcome:

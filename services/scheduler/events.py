@@ -97,13 +97,13 @@ class RecordUnread:
 class DemandHinted:
     """A request of this deployment was queued, or still waits; `at` is the monotonic second of the hint's arrival.
 
-    At this gateway `waiting` requests run nowhere, the oldest for `oldest_s` seconds (0: not said).
+    At this gateway `waiting` requests run nowhere, the oldest for `oldest_s` seconds; 0: none does any more.
     """
 
     deployment: str
     at: float
     gateway_id: str = ""
-    waiting: int = 0
+    waiting: int = 1
     oldest_s: float = 0.0
 
 

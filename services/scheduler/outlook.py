@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from services.scheduler import autoscale
 from services.scheduler.autoscale import Victim
 from services.scheduler.cluster import Cluster, workers_of
 from services.scheduler.columns import Columns
+from services.scheduler.demand import DemandKept
 from services.scheduler.estimate import Estimator
 from services.scheduler.fairness import Fairness
 from services.scheduler.rules import Rules
@@ -17,8 +19,6 @@ from shared.contracts.records import DeploymentRecord, ReplicaRecord, ReplicaSta
 
 # Worker, replica and free slots of every replica that can take over what runs in another one, best first.
 Destinations = Callable[[ReplicaRecord, float], Sequence[tuple[str, str, int]]]
-# Whether nothing is likely to be asked of a deployment for so many seconds.
-Quiet = Callable[[str, float, float], bool]
 
 
 class Outlook:
@@ -30,16 +30,18 @@ class Outlook:
         cluster: Cluster,
         estimator: Estimator,
         fairness: Fairness,
+        demand: DemandKept,
         destinations: Destinations,
-        quiet: Quiet,
     ) -> None:
         self.columns = Columns()
         self._rules = rules
         self._cluster = cluster
         self._estimator = estimator
         self._fairness = fairness
+        self._demand = demand
         self._destinations = destinations
-        self._quiet = quiet
+        self._load_s = 0.0
+        self.wake = math.inf
         self._now = 0.0
         self._name = ""
         self._reserve = False
@@ -47,11 +49,14 @@ class Outlook:
         self._leavers: dict[str, dict[str, Victim]] = {}
         self._going: frozenset[str] = frozenset()
 
-    def look(self, name: str, now: float, *, reserve: bool = False, spared: Callable[[str], bool]) -> None:
-        """The next decision is about this deployment. A `reserve` (nobody waits for it) never takes the place of
-        another reserve, or the two would do so for ever. Replicas that are `spared` are not asked to leave now."""
+    def look(
+        self, name: str, now: float, *, load_s: float, reserve: bool = False, spared: Callable[[str], bool]
+    ) -> None:
+        """The next decision is about this deployment, which takes `load_s` to load. A `reserve` (nobody waits for it) never takes the place of
+        another reserve, or the two would do so for ever. Replicas that are `spared` are not asked to leave now.
+        `wake` is then when somebody who is spared for a moment may be asked."""
         self._name, self._now, self._reserve, self._spared = name, now, reserve, spared
-        self._leavers = {}
+        self._leavers, self._load_s, self.wake = {}, load_s, math.inf
         # Who goes for one goes for that one only.
         self._going = frozenset(id for room in self._cluster.rooms.values() for id in room.victims)
 
@@ -163,7 +168,7 @@ class Outlook:
             priority=record.spec.priority if record is not None else 0,
             remaining_s=self._estimator.remaining_s(replica),
             resume_s=self._estimator.resume_s(replica),
-            load_s=self._load_s(replica, record),
+            load_s=self._back_s(replica, record),
         )
 
     def _awaitable(self, replica: ReplicaRecord, now: float) -> bool:
@@ -175,9 +180,8 @@ class Outlook:
         name, cluster = replica.deployment, self._cluster
         if now - cluster.ready_at.get(replica.replica_id, now) >= self._fairness.tenure_s:
             return True
-        running = sum(one.running for one in cluster.serving(name))
-        behind = cluster.outstanding(name) > running or cluster.waiting(name, now) > 0
-        return not behind and self._quiet(name, self._estimator.remaining_s(replica), now)
+        remaining_s = self._estimator.remaining_s(replica)
+        return not self._demand.behind(cluster, name, now) and self._demand.quiet(name, remaining_s, now)
 
     def _leaver(self, replica: ReplicaRecord) -> Victim | None:
         """Whether this idle replica may leave: its deployment can do without it."""
@@ -185,9 +189,18 @@ class Outlook:
         if name not in self._leavers:
             found = autoscale.victims_of(self._cluster, name, self._now, min_ready_s=self._rules.min_ready_s)
             self._leavers[name] = {one.replica_id: one for one in found}
-        return self._leavers[name].get(replica.replica_id)
+        leaver = self._leavers[name].get(replica.replica_id)
+        if leaver is None:
+            return None
+        until = self._demand.spared_until(
+            self._cluster, replica, for_name=self._name, load_s=self._load_s, now=self._now
+        )
+        if until is not None:
+            self.wake = min(self.wake, until)
+            return None
+        return leaver
 
-    def _load_s(self, replica: ReplicaRecord, record: DeploymentRecord | None) -> float:
+    def _back_s(self, replica: ReplicaRecord, record: DeploymentRecord | None) -> float:
         """What having it back on this server would take."""
         server = self._cluster.servers.get(replica.server_id)
         worker = self._cluster.workers.get(replica.worker_id)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from services.scheduler.books import Room, owner_of
 from services.scheduler.cluster import Cluster, PendingLoad, PendingStop
 from services.scheduler.decisions import Decisions
+from services.scheduler.demand import DemandKept
 from services.scheduler.events import Action, CommandLoad, CommandStop, Decided, Fact, Note
 from services.scheduler.fairness import Fairness
 from services.scheduler.outlook import Outlook, ask_for
@@ -55,6 +56,7 @@ class Placing:
         cluster: Cluster,
         outlook: Outlook,
         fairness: Fairness,
+        demand: DemandKept,
         decide: Decide,
         *,
         instance: str,
@@ -67,6 +69,7 @@ class Placing:
         self._cluster = cluster
         self._outlook = outlook
         self._fairness = fairness
+        self._demand = demand
         self._decide = decide
         self._instance = instance
         self._replica_numbers = 0
@@ -117,6 +120,11 @@ class Placing:
         for id in over:
             del self._not_before[id]
 
+    @property
+    def wake_for(self) -> float:
+        """When somebody who was spared in the last decision may be asked to leave."""
+        return self._outlook.wake
+
     # -- placement ---------------------------------------------------------------------------------------------------
 
     def place(
@@ -127,6 +135,7 @@ class Placing:
         out: list[Action],
         *,
         avoid: Mapping[str, Failure],
+        load_s: float = 0.0,
         means: Means | None = None,
         move_id: str = "",
         at: str = "",
@@ -134,7 +143,8 @@ class Placing:
     ) -> tuple[Ask, Decision]:
         """Decide about one more replica, which has been wanted since `since`, and command what was decided.
 
-        `avoid` maps servers that have just failed to load this model to how they did. A move that needs a destination
+        `avoid` maps servers that have just failed to load this model to how they did, `load_s` is what loading it takes
+        about. A move that needs a destination
         says so (`move_id`), and on which worker, or on which not (`at`, `away_from`). Making room by other means than
         stopping idle replicas, waiting, and that it is impossible, are for the caller to see to.
         """
@@ -145,7 +155,9 @@ class Placing:
             # While room is being made nobody else is asked to leave; but what has become free meanwhile is taken.
             means = Means(evict=False, below_min=False, move=False, wait=False)
         reserve = cluster.outstanding(name) == 0 and not move_id
-        self._outlook.look(name, now, reserve=reserve, spared=lambda id: self._not_before.get(id, -math.inf) > now)
+        self._outlook.look(
+            name, now, load_s=load_s, reserve=reserve, spared=lambda id: self._not_before.get(id, -math.inf) > now
+        )
         ask = replace(
             ask_for(cluster, record, means=means), owner=owner, at=at, away_from=away_from, avoid=avoid
         )  # fmt: skip
@@ -231,6 +243,8 @@ class Placing:
 
     def reserve(self, owner: str, ask: Ask, chosen: Candidate, now: float, until: float) -> None:
         """Nobody else may take what those who leave for `owner` give back, until then."""
+        for id in chosen.room.victims:
+            self._demand.evictions.evicted(self._cluster.replicas[id].deployment, ask.need.deployment, now)
         self._cluster.rooms[owner] = Room(
             deployment=ask.need.deployment,
             worker_ids=chosen.worker_ids,

@@ -213,10 +213,10 @@ class Service:
     # -- messages → events ---------------------------------------------------------------------------------------
 
     def _demand(self, message: Demand) -> None:
-        hint = DemandHinted(
-            message.deployment, self._clock(), message.gateway_id, max(0, message.waiting), max(0.0, message.oldest_s)
-        )
-        self._hint(hint)
+        # One that does not say how many has one.
+        waiting = max(0, message.waiting) if message.gateway_id else 1
+        oldest_s = max(0.0, message.oldest_s)
+        self._hint(DemandHinted(message.deployment, self._clock(), message.gateway_id, waiting, oldest_s))
 
     def _record_changed(self, message: RecordChanged) -> None:
         self._hint(RecordHinted(message.kind, message.id, message.deleted))
