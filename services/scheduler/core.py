@@ -16,6 +16,7 @@ from typing import Final, assert_never
 
 from services.scheduler import autoscale
 from services.scheduler.cluster import Cluster, serves
+from services.scheduler.decisions import Decisions
 from services.scheduler.deployments import Deployments
 from services.scheduler.events import (
     Action,
@@ -26,11 +27,13 @@ from services.scheduler.events import (
     DeploymentUnwritten,
     DeploymentWritten,
     Event,
+    ExplainAsked,
     Fact,
     ImportDone,
     ImportMoved,
     LoadAccepted,
     LoadRefused,
+    LoadReported,
     MigrateAccepted,
     MigrateRefused,
     MigrationHeard,
@@ -52,9 +55,11 @@ from services.scheduler.events import (
     ReliefAsked,
     ReplicaBroke,
     SourceInspected,
+    StartupMeasured,
     StopAccepted,
     StopRefused,
 )
+from services.scheduler.figures import Figures, Tally
 from services.scheduler.health import Health
 from services.scheduler.looks import FOLLOWED, Looks
 from services.scheduler.moves import Moves
@@ -62,6 +67,7 @@ from services.scheduler.placing import Placing
 from services.scheduler.policy import Decision, Outcome
 from services.scheduler.rules import Rules
 from shared.contracts.migration import MigrationReason
+from shared.contracts.placement import Explain, Explanation
 from shared.contracts.records import DeploymentRecord, DeploymentState, ReplicaRecord, ReplicaState
 from shared.errors import Code, Failure
 
@@ -99,6 +105,8 @@ class Core:
         self.moves = Moves(rules, self.cluster, self.placing, self.health.troubles)
         self.counts = self.placing.counts
         self.decisions = self.placing.decisions
+        self.explained = Decisions(instance=instance)
+        self.tally = Tally()
         self._oriented = False
         self._wanting_since: dict[str, float] = {}
         self._deferred: dict[str, Deferral] = {}
@@ -147,6 +155,25 @@ class Core:
             )
             for name, record in sorted(cluster.deployments.items())
         }
+
+    def figures(self) -> Figures:
+        """What was done until now (for metrics)."""
+        return Figures(
+            loads=self.counts.decisions,
+            evictions=self.counts.evictions,
+            finished_requests=self.tally.finished_requests,
+            moves=dict(self.tally.moves),
+            prefetches=dict(self.tally.prefetches),
+        )
+
+    def _explanation(self, message: Explain, now: float) -> Explanation:
+        """The shell puts in who speaks."""
+        return Explanation(
+            scheduler_id="",
+            term=0,
+            decisions=self.explained.explain(message, now),
+            waiting=self.explained.waiting(message.deployment),
+        )
 
     # -- events --------------------------------------------------------------------------------------------------
 
@@ -218,12 +245,22 @@ class Core:
                 self.moves.accepted(event, now)
             case MigrateRefused():
                 self.moves.refused(event, now)
+            case ExplainAsked():
+                out.append(Answer(event.reply, self._explanation(event.message, now)))
+                return False
+            case LoadReported():
+                measured = self.explained.loaded(event.report, now)
+                if measured is not None:
+                    out.append(StartupMeasured(measured))
+                return False
             case MigrationHeard():
                 self.moves.heard(event.message, now)
             case ReliefAsked():
                 self.moves.relief(event.message, now, out)
             case MoveOver():
                 self._move_over(event, now, out)
+        for said in event.view.replicas:
+            self.tally.replica_said(said)
             case _:
                 assert_never(event)
         return True
@@ -253,6 +290,8 @@ class Core:
         if not self.looks.record_read(event.kind, event.id, out):
             return
         if event.record is None:
+        if isinstance(event.record, ReplicaRecord):
+            self.tally.replica_said(event.record)
             self._gone(event.kind, event.id, now, out)
             return
         self.cluster.touched(event.kind, event.id, now)
@@ -275,7 +314,7 @@ class Core:
         """Note the demand; whether it may change anything (most hints are for a replica that is there)."""
         name, cluster = event.deployment, self.cluster
         record = cluster.deployments.get(name)
-        if record is None:
+        if record is None or not event.waiting:
             return False
         cluster.hinted_at[name] = now
         have = len(cluster.serving(name)) + len(cluster.coming(name))
@@ -302,6 +341,7 @@ class Core:
             return  # nobody wanted it any more
         worker = cluster.workers.get(event.worker_id)
         server_id = worker.server_id if worker else suspect.server_id if suspect else ""
+        self.tally.moved(event.move.reason.value)
         self._blame(event.replica_id, event.deployment, server_id, event.failure, now, out)
 
     def _move_over(self, event: MoveOver, now: float, out: list[Action]) -> None:
@@ -342,6 +382,7 @@ class Core:
         for name in self._due(now):
             self._review(name, now, out)
         self._serve(now, out)
+        self.explained.failed(replica_id, failure)
         # Last: what was decided above may have changed records that are to be written.
         settled = self.deployments.settle(now, out)
         review = self._reviews[0][0] if self._reviews else math.inf

@@ -10,8 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from services.scheduler.decisions import Measured
 from shared.contracts.migration import Migrate, MigrationEnded, Move, Moved, Moving, Relief
-from shared.contracts.placement import Deployed, Deploying, LoadReplica, StopReplica
+from shared.contracts.placement import (
+    Deployed,
+    Deploying,
+    Explain,
+    Explanation,
+    LoadReplica,
+    ReplicaLoaded,
+    StopReplica,
+)
 from shared.contracts.records import (
     ClusterView,
     DeploymentRecord,
@@ -87,10 +96,16 @@ class RecordUnread:
 
 @dataclass(frozen=True, slots=True)
 class DemandHinted:
-    """A request of this deployment was queued; `at` is the monotonic second of the hint's arrival."""
+    """A request of this deployment was queued, or still waits; `at` is the monotonic second of the hint's arrival.
+
+    `waiting` requests run nowhere at this gateway, the oldest for `oldest_s` seconds; 0: none does any more.
+    """
 
     deployment: str
     at: float
+    gateway_id: str = ""
+    waiting: int = 1
+    oldest_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +292,21 @@ class MoveOver:
     answer: Moved | Failure
 
 
+@dataclass(frozen=True, slots=True)
+class ExplainAsked:
+    """An operator asks why."""
+
+    message: Explain
+    reply: Answerable
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReported:
+    """A replica is ready, and its worker says what that took."""
+
+    report: ReplicaLoaded
+
+
 Event = (
     RegistryRead
     | RegistryUnread
@@ -308,6 +338,8 @@ Event = (
     | MigrationHeard
     | ReliefAsked
     | MoveOver
+    | ExplainAsked
+    | LoadReported
 )
 
 # -- actions -------------------------------------------------------------------------------------------------------
@@ -409,7 +441,7 @@ class Answer:
     """Answer an operator's call."""
 
     reply: Answerable
-    message: Deployed | Deploying | Done | Moving | Moved | Failure
+    message: Deployed | Deploying | Done | Moving | Moved | Explanation | Failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -433,6 +465,13 @@ class Oriented:
     """The first picture is complete: this scheduler can answer."""
 
 
+@dataclass(frozen=True, slots=True)
+class StartupMeasured:
+    """A startup has ended that had been estimated: for log and metrics."""
+
+    measured: Measured
+
+
 Action = (
     ReadRegistry
     | ReadQueues
@@ -449,6 +488,7 @@ Action = (
     | Note
     | Decided
     | Oriented
+    | StartupMeasured
 )
 
 # Actions that take time and come back as an event; the others are carried out at once and in order.
