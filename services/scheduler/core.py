@@ -245,6 +245,12 @@ class Core:
                 self.moves.accepted(event, now)
             case MigrateRefused():
                 self.moves.refused(event, now)
+            case MigrationHeard():
+                self.moves.heard(event.message, now)
+            case ReliefAsked():
+                self.moves.relief(event.message, now, out)
+            case MoveOver():
+                self._move_over(event, now, out)
             case ExplainAsked():
                 out.append(Answer(event.reply, self._explanation(event.message, now)))
                 return False
@@ -253,20 +259,14 @@ class Core:
                 if measured is not None:
                     out.append(StartupMeasured(measured))
                 return False
-            case MigrationHeard():
-                self.moves.heard(event.message, now)
-            case ReliefAsked():
-                self.moves.relief(event.message, now, out)
-            case MoveOver():
-                self._move_over(event, now, out)
-        for said in event.view.replicas:
-            self.tally.replica_said(said)
             case _:
                 assert_never(event)
         return True
 
     def _registry_read(self, event: RegistryRead, now: float, out: list[Action]) -> None:
         self.looks.registry_read(out)
+        for said in event.view.replicas:
+            self.tally.replica_said(said)
         for replica in self.cluster.replace(event.view, event.asked_at, now):
             self._vanished(replica, now, out)
         if self._oriented:
@@ -290,12 +290,12 @@ class Core:
         if not self.looks.record_read(event.kind, event.id, out):
             return
         if event.record is None:
-        if isinstance(event.record, ReplicaRecord):
-            self.tally.replica_said(event.record)
             self._gone(event.kind, event.id, now, out)
             return
         self.cluster.touched(event.kind, event.id, now)
         self.cluster.put(event.record, now)
+        if isinstance(event.record, ReplicaRecord):
+            self.tally.replica_said(event.record)
         if isinstance(event.record, ReplicaRecord) and event.record.running == 0 and self._wanting_since:
             self.looks.queues_soon(now)  # somebody waits, and perhaps nobody needs this one any more
 
@@ -341,11 +341,11 @@ class Core:
             return  # nobody wanted it any more
         worker = cluster.workers.get(event.worker_id)
         server_id = worker.server_id if worker else suspect.server_id if suspect else ""
-        self.tally.moved(event.move.reason.value)
         self._blame(event.replica_id, event.deployment, server_id, event.failure, now, out)
 
     def _move_over(self, event: MoveOver, now: float, out: list[Action]) -> None:
         """Requests have left a replica, or have not: somebody may wait for its place."""
+        self.tally.moved(event.move.reason.value)
         if event.move.reason is MigrationReason.PLACEMENT and self._wanting_since:
             self.looks.queues_soon(now)
 
@@ -369,6 +369,7 @@ class Core:
         self, replica_id: str, name: str, server_id: str, failure: Failure, now: float, out: list[Action]
     ) -> None:
         """A load failed."""
+        self.explained.failed(replica_id, failure)
         if self.health.blame(replica_id, name, server_id, failure, now, out):
             self.moves.load_failed(replica_id, failure)
 
@@ -382,7 +383,6 @@ class Core:
         for name in self._due(now):
             self._review(name, now, out)
         self._serve(now, out)
-        self.explained.failed(replica_id, failure)
         # Last: what was decided above may have changed records that are to be written.
         settled = self.deployments.settle(now, out)
         review = self._reviews[0][0] if self._reviews else math.inf
