@@ -198,6 +198,7 @@ class Core:
             case DemandHinted():
                 return self._demand_hinted(event, now)
             case Reconnected():
+                self.cluster.absent.all_may_speak()
                 self.looks.all_soon(now)
             case QueuesEnsured():
                 self.looks.queues_ensured()
@@ -225,14 +226,7 @@ class Core:
             case LoadAccepted():
                 return False  # its record will show it
             case LoadRefused():
-                load = self.cluster.loads.pop(event.replica_id, None)
-                if load is not None:
-                    failure = event.failure
-                    if (
-                        failure.code is Code.OUT_OF_MEMORY
-                    ):  # refused at the door: the picture was old, not the model large
-                        failure = Failure(code=Code.NO_CAPACITY, message=failure.message)
-                    self._blame(load.replica_id, load.deployment, load.server_id, failure, now, out)
+                self._load_refused(event, now, out)
             case StopAccepted():
                 return False  # its record will go
             case StopRefused():
@@ -284,6 +278,8 @@ class Core:
             self.looks.dropped(event.kind, event.id)
             self._gone(event.kind, event.id, now, out)
         else:
+            if event.kind == "worker":
+                self.cluster.absent.spoke(event.id)
             self.looks.hinted(event, out)
 
     def _record_read(self, event: RecordRead, now: float, out: list[Action]) -> None:
@@ -349,6 +345,23 @@ class Core:
         if event.move.reason is MigrationReason.PLACEMENT and self._wanting_since:
             self.looks.queues_soon(now)
 
+    def _load_refused(self, event: LoadRefused, now: float, out: list[Action]) -> None:
+        load = self.cluster.loads.pop(event.replica_id, None)
+        if load is None:
+            return
+        failure = event.failure
+        if failure.code is Code.UNAVAILABLE:  # nobody answers there: neither the model's nor the server's fault
+            self.cluster.absent.silent(load.worker_id, now + self.rules.silence_s)
+            worker = self.cluster.workers.get(load.worker_id)
+            if worker is not None:
+                self.cluster.put(worker, now)
+            out.append(Note("worker.silent", {"worker_id": load.worker_id, "replica_id": load.replica_id}))
+            self.moves.load_failed(load.replica_id, failure)
+            return
+        if failure.code is Code.OUT_OF_MEMORY:  # refused at the door: the picture was old, not the model large
+            failure = Failure(code=Code.NO_CAPACITY, message=failure.message)
+        self._blame(load.replica_id, load.deployment, load.server_id, failure, now, out)
+
     def _stop_refused(self, event: StopRefused, now: float, out: list[Action]) -> None:
         id = event.replica_id
         self.cluster.stops.pop(id, None)
@@ -398,6 +411,8 @@ class Core:
         for load in loads:
             failure = Failure(code=Code.WORKER_LOST, message="The worker never showed the replica.")
             self._blame(load.replica_id, load.deployment, load.server_id, failure, now, out)
+        for replica_id in self.cluster.absent.take_lost():
+            self.moves.load_failed(replica_id, Failure(code=Code.WORKER_LOST, message="The worker is gone."))
         for id, suspect in self.health.watch(now, out):
             failure = Failure(code=Code.WORKER_LOST, message="The replica went away while it was loading.")
             self._blame(id, suspect.deployment, suspect.server_id, failure, now, out)

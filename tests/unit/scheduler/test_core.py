@@ -305,7 +305,7 @@ def test_a_worker_that_is_full_or_away_never_makes_a_deployment_fail() -> None:
     for failure in (AWAY, Failure(code=Code.OUT_OF_MEMORY, message="Full."), AWAY, AWAY):
         load = desk.only(CommandLoad)
         desk.tell(LoadRefused(load.message.replica_id, failure))
-        desk.wait(1.1)
+        desk.wait(desk.rules.silence_s + desk.rules.look_interval_s)
     assert desk.deployments["m"].failure is None
 
 
@@ -320,7 +320,7 @@ def test_a_server_that_did_not_answer_is_tried_again_although_others_could_have_
     desk.shows(first.message, "a0", ReplicaState.READY, running=1)
     desk.tell(LoadRefused(second.message.replica_id, AWAY))
     assert desk.take(CommandLoad) == []
-    desk.wait(1.1)
+    desk.wait(desk.rules.silence_s + desk.rules.look_interval_s)
     assert desk.only(CommandLoad).worker_id == "b0"
 
 
