@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from services.scheduler.absent import Absent
 from services.scheduler.books import Books, Occupant, Room
 from services.scheduler.table import Table
 from shared.capacity import context_tokens, kv_cache_bytes
@@ -164,6 +165,7 @@ class Cluster:
         self._migrating_workers: dict[str, None] = {}
         self._leaving_replicas: dict[str, None] = {}
         self._expiries: list[tuple[float, str, str]] = []
+        self.absent = Absent()
 
     # -- what follows from a change ------------------------------------------------------------------------------
 
@@ -411,6 +413,7 @@ class Cluster:
             if old != record:
                 self.servers[record.server_id] = record
         elif isinstance(record, WorkerRecord):
+            record = self.absent.seen(record, now)
             if self.workers.get(record.worker_id) != record:
                 self.workers[record.worker_id] = record
         else:
@@ -433,8 +436,9 @@ class Cluster:
         self._released.pop(id, None)
 
     def remove_worker(self, id: str) -> None:
-        """This worker is gone."""
+        """This worker is gone, and nobody carries out what it was told to load."""
         self.workers.pop(id, None)
+        self.absent.left(id, [self.loads.pop(load.replica_id).replica_id for load in self.loads_at(id)])
 
     def remove_replica(self, id: str, now: float) -> ReplicaRecord | None:
         """This replica is gone; what it was."""

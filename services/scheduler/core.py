@@ -18,7 +18,6 @@ from typing import Final, assert_never
 from services.scheduler import autoscale, choice
 from services.scheduler.clearing import Clearing
 from services.scheduler.cluster import Cluster, PendingStop, serves
-from services.scheduler.decisions import Measured
 from services.scheduler.demand import DemandKept
 from services.scheduler.deployments import Deployments
 from services.scheduler.estimate import Estimator, Priors
@@ -36,8 +35,8 @@ from services.scheduler.events import (
     ImportDone,
     ImportMoved,
     LoadAccepted,
-    LoadMeasured,
     LoadRefused,
+    LoadReported,
     MigrateAccepted,
     MigrateRefused,
     MigrationHeard,
@@ -61,10 +60,12 @@ from services.scheduler.events import (
     ReliefAsked,
     ReplicaBroke,
     SourceInspected,
+    StartupMeasured,
     StopAccepted,
     StopRefused,
 )
 from services.scheduler.fairness import Fairness
+from services.scheduler.figures import Figures, Tally
 from services.scheduler.health import Health
 from services.scheduler.looks import FOLLOWED, Looks
 from services.scheduler.moves import Moves
@@ -82,7 +83,6 @@ RETRY_S: Final = 0.1
 # What fits nowhere costs a close look each time; so many are looked at within one event, the others a moment later.
 MOST_TRIES: Final = 4
 LATER_S: Final = 0.02
-MOST_ERRORS: Final = 1024
 
 
 @dataclass(slots=True)
@@ -120,8 +120,7 @@ class Core:
         self.clearing = Clearing(rules, cluster, self.placing, self.fairness, self.moves.begin)
         self.counts = self.placing.counts
         self.decisions = self.placing.decisions
-        self.errors: list[Measured] = []  # of loads since this was last emptied, for metrics
-        self._instance = instance
+        self.tally = Tally()
         self._bound_held = True
         self._startups: dict[str, float] = {}
         self._oriented = False
@@ -175,6 +174,16 @@ class Core:
             for name, record in sorted(cluster.deployments.items())
         }
 
+    def figures(self) -> Figures:
+        """What was done until now (for metrics)."""
+        return Figures(
+            loads=self.counts.decisions,
+            evictions=self.counts.evictions,
+            finished_requests=self.tally.finished_requests,
+            moves=dict(self.tally.moves),
+            prefetches=dict(self.tally.prefetches),
+        )
+
     # -- events --------------------------------------------------------------------------------------------------
 
     def _take(self, event: Event, now: float, out: list[Action]) -> bool:
@@ -198,6 +207,7 @@ class Core:
             case DemandHinted():
                 return self._demand_hinted(event, now)
             case Reconnected():
+                self.cluster.absent.all_may_speak()
                 self.looks.all_soon(now)
             case QueuesEnsured():
                 self.looks.queues_ensured()
@@ -225,25 +235,13 @@ class Core:
             case LoadAccepted():
                 return False  # its record will show it
             case LoadRefused():
-                load = self.cluster.loads.pop(event.replica_id, None)
-                if load is not None:
-                    failure = event.failure
-                    if (
-                        failure.code is Code.OUT_OF_MEMORY
-                    ):  # refused at the door: the picture was old, not the model large
-                        failure = Failure(code=Code.NO_CAPACITY, message=failure.message)
-                    self._blame(load.replica_id, load.deployment, load.server_id, failure, now, out)
+                self._load_refused(event, now, out)
             case StopAccepted():
                 return False  # its record will go
             case StopRefused():
                 self._stop_refused(event, now, out)
             case ReplicaBroke():
                 self._replica_broke(event, now, out)
-            case LoadMeasured():
-                self._load_measured(event.report, now)
-            case ExplainAsked():
-                out.append(Answer(event.reply, self._explanation(event.message, now)))
-                return False
             case PrefetchDone() | PrefetchRefused():
                 return False
             case MoveAsked():
@@ -259,6 +257,11 @@ class Core:
                 self.moves.relief(event.message, now, out)
             case MoveOver():
                 self._move_over(event, now, out)
+            case ExplainAsked():
+                out.append(Answer(event.reply, self._explanation(event.message, now)))
+                return False
+            case LoadReported():
+                self._load_reported(event.report, now, out)
             case _:
                 assert_never(event)
         return True
@@ -266,6 +269,8 @@ class Core:
     def _registry_read(self, event: RegistryRead, now: float, out: list[Action]) -> None:
         self.looks.registry_read(out)
         stops = dict(self.cluster.stops)
+        for said in event.view.replicas:
+            self.tally.replica_said(said)
         for replica in self.cluster.replace(event.view, event.asked_at, now):
             self._vanished(replica, stops.get(replica.replica_id), now)
         for server in event.view.servers:
@@ -288,6 +293,8 @@ class Core:
             self.looks.dropped(event.kind, event.id)
             self._gone(event.kind, event.id, now, out)
         else:
+            if event.kind == "worker":
+                self.cluster.absent.spoke(event.id)
             self.looks.hinted(event, out)
 
     def _record_read(self, event: RecordRead, now: float, out: list[Action]) -> None:
@@ -302,6 +309,7 @@ class Core:
             self.estimator.server_said(event.record, now)
         elif isinstance(event.record, ReplicaRecord):
             self.estimator.replica_said(event.record, now)
+            self.tally.replica_said(event.record)
         if isinstance(event.record, ReplicaRecord) and event.record.running == 0 and self._wanting_since:
             self.looks.queues_soon(now)  # somebody waits, and perhaps nobody needs this one any more
 
@@ -358,9 +366,28 @@ class Core:
 
     def _move_over(self, event: MoveOver, now: float, out: list[Action]) -> None:
         """Requests have left a replica, or have not: somebody may wait for its place."""
+        self.tally.moved(event.move.reason.value)
         if event.move.reason is MigrationReason.PLACEMENT:
             self.clearing.over(event.move, event.answer, now, out)
             self.looks.queues_soon(now)
+
+    def _load_refused(self, event: LoadRefused, now: float, out: list[Action]) -> None:
+        load = self.cluster.loads.pop(event.replica_id, None)
+        if load is None:
+            return
+        failure = event.failure
+        if failure.code is Code.UNAVAILABLE:  # nobody answers there: neither the model's nor the server's fault
+            self.cluster.absent.silent(load.worker_id, now + self.rules.silence_s)
+            worker = self.cluster.workers.get(load.worker_id)
+            if worker is not None:
+                self.cluster.put(worker, now)
+            out.append(Note("worker.silent", {"worker_id": load.worker_id, "replica_id": load.replica_id}))
+            self._let_go(load.replica_id, now)
+            self.moves.load_failed(load.replica_id, failure)
+            return
+        if failure.code is Code.OUT_OF_MEMORY:  # refused at the door: the picture was old, not the model large
+            failure = Failure(code=Code.NO_CAPACITY, message=failure.message)
+        self._blame(load.replica_id, load.deployment, load.server_id, failure, now, out)
 
     def _stop_refused(self, event: StopRefused, now: float, out: list[Action]) -> None:
         id = event.replica_id
@@ -388,7 +415,7 @@ class Core:
         self.estimator.settled(replica_id)
         self.placing.predicted.pop(replica_id, None)
 
-    def _load_measured(self, report: ReplicaLoaded, now: float) -> None:
+    def _load_reported(self, report: ReplicaLoaded, now: float, out: list[Action]) -> None:
         """What a load really took: the next estimates know."""
         self.estimator.settled(report.replica_id)
         for server_id in self.estimator.loaded(report, now):
@@ -397,13 +424,14 @@ class Core:
         if predicted is not None:
             self.estimator.observed(report.replica_id, predicted, report)
         measured = self.decisions.loaded(report, now)
-        if measured is not None and len(self.errors) < MOST_ERRORS:
-            self.errors.append(measured)
+        if measured is not None:
+            out.append(StartupMeasured(measured))
 
     def _explanation(self, message: Explain, now: float) -> Explanation:
+        """The shell puts in who speaks."""
         errors = self.estimator.errors()
         return Explanation(
-            scheduler_id=self._instance,
+            scheduler_id="",
             term=0,
             decisions=self.decisions.explain(message, now),
             waiting=self.decisions.waiting(message.deployment),
@@ -465,6 +493,8 @@ class Core:
         for load in loads:
             failure = Failure(code=Code.WORKER_LOST, message="The worker never showed the replica.")
             self._blame(load.replica_id, load.deployment, load.server_id, failure, now, out)
+        for replica_id in self.cluster.absent.take_lost():
+            self.moves.load_failed(replica_id, Failure(code=Code.WORKER_LOST, message="The worker is gone."))
         for id, suspect in self.health.watch(now, out):
             failure = Failure(code=Code.WORKER_LOST, message="The replica went away while it was loading.")
             self._blame(id, suspect.deployment, suspect.server_id, failure, now, out)

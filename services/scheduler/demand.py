@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from services.scheduler.arrivals import Arrivals
 from services.scheduler.cluster import Cluster
 from services.scheduler.events import DemandHinted
 from services.scheduler.evictions import Evictions
 from services.scheduler.pressure import Pressure
 from shared.contracts.records import ReplicaRecord
+
+# Loading again what was let go for less would gain nothing.
+LEAST_S: Final = 1.0
 
 
 class DemandKept:
@@ -52,7 +57,7 @@ class DemandKept:
 
     def quiet(self, name: str, for_s: float, now: float) -> bool:
         """Whether nothing is likely to be asked of a deployment for so many seconds."""
-        return self.arrivals.next_within(name, for_s, now) < self.evictions.rules.likely
+        return self.arrivals.next_within(name, max(for_s, LEAST_S), now) < self.evictions.rules.likely
 
     def spared_until(
         self, cluster: Cluster, replica: ReplicaRecord, *, for_name: str, load_s: float, now: float

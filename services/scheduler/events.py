@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from services.scheduler.decisions import Measured
 from shared.contracts.migration import Migrate, MigrationEnded, Move, Moved, Moving, Relief
 from shared.contracts.placement import (
     Deployed,
@@ -97,7 +98,7 @@ class RecordUnread:
 class DemandHinted:
     """A request of this deployment was queued, or still waits; `at` is the monotonic second of the hint's arrival.
 
-    At this gateway `waiting` requests run nowhere, the oldest for `oldest_s` seconds; 0: none does any more.
+    `waiting` requests run nowhere at this gateway, the oldest for `oldest_s` seconds; 0: none does any more.
     """
 
     deployment: str
@@ -241,21 +242,6 @@ class ReplicaBroke:
 
 
 @dataclass(frozen=True, slots=True)
-class LoadMeasured:
-    """A worker says that a replica is ready, and what that took."""
-
-    report: ReplicaLoaded
-
-
-@dataclass(frozen=True, slots=True)
-class ExplainAsked:
-    """Somebody wants to know why it was decided so."""
-
-    message: Explain
-    reply: Answerable
-
-
-@dataclass(frozen=True, slots=True)
 class PrefetchDone:
     """A store holds a checkpoint in the tier that was asked for."""
 
@@ -325,6 +311,21 @@ class MoveOver:
     answer: Moved | Failure
 
 
+@dataclass(frozen=True, slots=True)
+class ExplainAsked:
+    """An operator asks why."""
+
+    message: Explain
+    reply: Answerable
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReported:
+    """A replica is ready, and its worker says what that took."""
+
+    report: ReplicaLoaded
+
+
 Event = (
     RegistryRead
     | RegistryUnread
@@ -350,8 +351,6 @@ Event = (
     | StopAccepted
     | StopRefused
     | ReplicaBroke
-    | LoadMeasured
-    | ExplainAsked
     | PrefetchDone
     | PrefetchRefused
     | MoveAsked
@@ -360,6 +359,8 @@ Event = (
     | MigrationHeard
     | ReliefAsked
     | MoveOver
+    | ExplainAsked
+    | LoadReported
 )
 
 # -- actions -------------------------------------------------------------------------------------------------------
@@ -493,6 +494,13 @@ class Oriented:
     """The first picture is complete: this scheduler can answer."""
 
 
+@dataclass(frozen=True, slots=True)
+class StartupMeasured:
+    """A startup has ended that had been estimated: for log and metrics."""
+
+    measured: Measured
+
+
 Action = (
     ReadRegistry
     | ReadQueues
@@ -510,6 +518,7 @@ Action = (
     | Note
     | Decided
     | Oriented
+    | StartupMeasured
 )
 
 # Actions that take time and come back as an event; the others are carried out at once and in order.

@@ -193,13 +193,14 @@ class Health:
             trouble.rest()
             out.append(Note("deployment.resumed", {"deployment": name}))
         able = able_servers(self._cluster.need(self._cluster.deployments[name]), self._cluster)
-        ago_s = now - trouble.failed_at
-        if all(one in trouble.avoid for one in able) or ago_s >= self._rules.most_backoff_s:
+        # Moments are compared, not spans: a span may come out a rounding short at the very moment it is due.
+        forgiven_at = trouble.failed_at + self._rules.first_backoff_s
+        if all(one in trouble.avoid for one in able) or now >= trouble.failed_at + self._rules.most_backoff_s:
             trouble.rest()
-        elif ago_s >= self._rules.first_backoff_s:
+        elif now >= forgiven_at:
             trouble.forgive()
         else:
-            self._review_at(name, trouble.failed_at + self._rules.first_backoff_s)
+            self._review_at(name, forgiven_at)
         if now - trouble.until >= self._rules.forget_s:
             del self._troubles[name]
         else:

@@ -50,6 +50,7 @@ from shared.settings import SchedulerSettings
 from shared.subjects import LEADING, RECORD_CHANGED
 
 TERM = Gauge("hearth_scheduler_term", "The term under which this scheduler leads; 0: it stands by")
+LEADS = Gauge("hearth_scheduler_leading", "1: this scheduler leads; 0: it stands by, or has lost its lease for now")
 CHANGES = Counter("hearth_scheduler_leadership_changes_total", "Led, paused, resumed, stepped_down", ["change"])
 
 MakeService = Callable[["Leader"], Service]
@@ -230,6 +231,7 @@ class Leader:
     def _changed(self, change: str, term: int) -> None:
         CHANGES.labels(change).inc()
         TERM.set(term)
+        LEADS.set(term > 0)
         self._context.event(f"scheduler.{change}", scheduler_id=self._context.id, term=term or self.machine.known)
 
     def _show(self, term: int) -> None:

@@ -52,9 +52,11 @@ class Outlook:
     def look(
         self, name: str, now: float, *, load_s: float, reserve: bool = False, spared: Callable[[str], bool]
     ) -> None:
-        """The next decision is about this deployment, which takes `load_s` to load. A `reserve` (nobody waits for it) never takes the place of
-        another reserve, or the two would do so for ever. Replicas that are `spared` are not asked to leave now.
-        `wake` is then when somebody who is spared for a moment may be asked."""
+        """The next decision is about this deployment, which takes `load_s` to load.
+
+        A `reserve` (nobody waits for it) never takes the place of another reserve, or the two would do so for ever.
+        Replicas that are `spared` are not asked to leave now. `wake` is then when one that is spared for a moment may.
+        """
         self._name, self._now, self._reserve, self._spared = name, now, reserve, spared
         self._leavers, self._load_s, self.wake = {}, load_s, math.inf
         # Who goes for one goes for that one only.
@@ -175,13 +177,16 @@ class Outlook:
         """Whether what runs in a replica may be awaited.
 
         Whoever is awaited takes nothing new, so a model that is being asked for would be loaded again at once: only
-        after its turn, or when nothing more is likely to be asked of it before what runs has ended.
+        after its turn, or, once it has been of use for a while, when nothing more is likely to be asked of it before
+        what runs has ended.
         """
         name, cluster = replica.deployment, self._cluster
-        if now - cluster.ready_at.get(replica.replica_id, now) >= self._fairness.tenure_s:
+        had_s = now - cluster.ready_at.get(replica.replica_id, now)
+        if had_s >= self._fairness.tenure_s:
             return True
-        remaining_s = self._estimator.remaining_s(replica)
-        return not self._demand.behind(cluster, name, now) and self._demand.quiet(name, remaining_s, now)
+        if had_s < self._fairness.rules.tenure_min_s or self._demand.behind(cluster, name, now):
+            return False
+        return self._demand.quiet(name, self._estimator.remaining_s(replica), now)
 
     def _leaver(self, replica: ReplicaRecord) -> Victim | None:
         """Whether this idle replica may leave: its deployment can do without it."""

@@ -17,6 +17,8 @@ class Rules:
     refused stop. `first_backoff_s`, `most_backoff_s`, `most_failures`: see `Trouble`. `patience_s`: how long a model
     for which no server is large enough may wait for one before its requests fail. `word_s`: how long the word of a
     worker is waited for when a replica went away while loading. `forget_s`: how long old failures are remembered.
+    `silence_s`: how long a worker at which nobody answers is left alone, unless it speaks before; by then the record of
+    one that died is gone.
 
     Moves: `move_load_s` is how long a destination may be looked for and loaded, `move_migrate_s` how long the
     migrations may take once the last has been asked for; `move_patience_s`: how long a free slot, or room for a
@@ -32,6 +34,7 @@ class Rules:
     command_s: float = 10.0
     min_ready_s: float = 1.0
     stop_retry_s: float = 1.0
+    silence_s: float = 2.5
     first_backoff_s: float = 1.0
     most_backoff_s: float = 60.0
     most_failures: int = 3

@@ -14,6 +14,7 @@ import msgspec
 from prometheus_client import Counter, Gauge, Histogram
 
 from services.scheduler.core import Core
+from services.scheduler.decisions import Measured
 from services.scheduler.events import (
     LONG,
     Action,
@@ -35,8 +36,8 @@ from services.scheduler.events import (
     ImportMoved,
     InspectSource,
     LoadAccepted,
-    LoadMeasured,
     LoadRefused,
+    LoadReported,
     MigrateAccepted,
     MigrateRefused,
     MigrationHeard,
@@ -64,10 +65,12 @@ from services.scheduler.events import (
     RemoveDeployment,
     ReplicaBroke,
     SourceInspected,
+    StartupMeasured,
     StopAccepted,
     StopRefused,
     WriteDeployment,
 )
+from services.scheduler.figures import Figures
 from services.scheduler.gate import Gate
 from shared.bus import Reply, Subscription
 from shared.codec import CodecError
@@ -129,6 +132,30 @@ ACTUAL = Gauge("hearth_scheduler_replicas", "Replicas loading, ready or commande
 MOVES = Gauge("hearth_scheduler_moves", "Moves of running requests that are not over", ["reason"])
 MOVING = Gauge("hearth_scheduler_requests_moving", "Requests of moves that are not over", ["reason"])
 OUTSTANDING = Gauge("hearth_scheduler_requests_outstanding", "Requests waiting or running", ["deployment"])
+STARTUP_S = Histogram(
+    "hearth_scheduler_startup_seconds",
+    "Decision → replica ready, as estimated and as measured, by the tier in which the load found the checkpoint",
+    ["tier", "figure"],
+    buckets=LATENCY_BUCKETS_S,
+)
+ESTIMATE_ERROR = Histogram(
+    "hearth_scheduler_estimate_error",
+    "|estimate - actual| / actual of startups, by the tier in which the load found the checkpoint",
+    ["tier"],
+    buckets=(0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0),
+)
+LOADS = Counter("hearth_scheduler_loads_total", "Loads commanded")
+EVICTIONS = Counter("hearth_scheduler_evictions_total", "Idle replicas stopped to make room")
+FINISHED = Counter("hearth_scheduler_finished_requests_total", "Requests that replicas have finished")
+SWAPS = Gauge("hearth_scheduler_swaps_per_request", "Loads per finished request since this scheduler leads")
+PARKS = Counter("hearth_scheduler_parks_total", "Replicas parked, by why: late, outranked or shared", ["why"])
+MOVED = Counter("hearth_scheduler_moves_over_total", "Moves of running requests that are over", ["reason"])
+PREFETCHES = Counter("hearth_scheduler_prefetches_total", "Checkpoints sent for ahead of demand, by tier", ["tier"])
+BOUND_HELD = Gauge(
+    "hearth_scheduler_bound_held", "1: the bound on waiting is held for all that want places now; 0: not"
+)
+BOUND_LEAST_S = Gauge("hearth_scheduler_bound_least_seconds", "The least bound on waiting that could be held now")
+LATE = Gauge("hearth_scheduler_deployments_late", "Deployments whose oldest request has waited longer than the bound")
 
 
 class Authority(Protocol):
@@ -137,6 +164,10 @@ class Authority(Protocol):
     @property
     def pauses(self) -> int:
         """How often it was lost."""
+
+    @property
+    def shown_term(self) -> int:
+        """The term under which it leads, for people; 0: it does not."""
 
     async def granted(self) -> int:
         """Wait until commands are allowed; the term that they carry."""
@@ -163,6 +194,7 @@ class Service:
         self._subscriptions: list[Subscription] = []
         self._clock = time.monotonic
         self._shown: frozenset[str] = frozenset()
+        self._counted = Figures()
         self.oriented = asyncio.Event()
         self.driver: Driver[Event, Action] = Driver(
             self._gate, tell=self._tell, do=self._do, long=LONG, clock=self._clock
@@ -200,10 +232,10 @@ class Service:
             await bus.subscribe(RECORD_CHANGED, self._record_changed, kind="*"),
             await bus.subscribe(REPLICA_FAILED, self._replica_failed),
             await bus.subscribe(REPLICA_LOADED, self._replica_loaded),
-            await bus.serve(EXPLAIN, self._explain, group="scheduler"),
             await bus.serve(DEPLOY, self._deploy, group="scheduler"),
             await bus.serve(DELETE, self._delete, group="scheduler"),
             await bus.serve(MOVE, self._move, group="scheduler"),
+            await bus.serve(EXPLAIN, self._explain, group="scheduler"),
             await bus.subscribe(MIGRATION_ENDED, self._migration_ended, worker_id="*"),
             await bus.subscribe(RELIEF, self._relief),
         ]
@@ -213,7 +245,7 @@ class Service:
     # -- messages → events ---------------------------------------------------------------------------------------
 
     def _demand(self, message: Demand) -> None:
-        # One that does not say how many has one.
+        # A gateway that does not say who it is does not say how many wait, either.
         waiting = max(0, message.waiting) if message.gateway_id else 1
         oldest_s = max(0.0, message.oldest_s)
         self._hint(DemandHinted(message.deployment, self._clock(), message.gateway_id, waiting, oldest_s))
@@ -221,14 +253,11 @@ class Service:
     def _record_changed(self, message: RecordChanged) -> None:
         self._hint(RecordHinted(message.kind, message.id, message.deleted))
 
-    def _replica_loaded(self, message: ReplicaLoaded) -> None:
-        self.driver.post(LoadMeasured(message))
-
-    def _explain(self, message: Explain, reply: Reply[Explanation]) -> None:
-        self.driver.post(ExplainAsked(message, reply))
-
     def _replica_failed(self, message: ReplicaFailed) -> None:
         self.driver.post(ReplicaBroke(message.replica_id, message.deployment, message.worker_id, message.failure))
+
+    def _replica_loaded(self, message: ReplicaLoaded) -> None:
+        self.driver.post(LoadReported(message))
 
     def _deploy(self, message: Deploy, reply: Reply[Deploying | Deployed]) -> None:
         self._asked(DeployAsked(message.spec, message.wait_s, time.time(), reply))
@@ -238,6 +267,15 @@ class Service:
 
     def _move(self, message: Move, reply: Reply[Moving | Moved]) -> None:
         self._asked(MoveAsked(message, reply))
+
+    def _explain(self, message: Explain, reply: Reply[Explanation]) -> None:
+        def signed(answer: Explanation | Failure) -> None:
+            if isinstance(answer, Explanation):
+                me = self._context.id
+                answer = msgspec.structs.replace(answer, scheduler_id=me, term=self._authority.shown_term)
+            reply(answer)
+
+        self._asked(ExplainAsked(message, signed))
 
     def _migration_ended(self, message: MigrationEnded) -> None:
         self.driver.post(MigrationHeard(message))
@@ -249,7 +287,7 @@ class Service:
         if not self._held:  # looking, when it goes on, tells more than what was missed
             self.driver.post(event)
 
-    def _asked(self, event: DeployAsked | DeleteAsked | MoveAsked) -> None:
+    def _asked(self, event: DeployAsked | DeleteAsked | MoveAsked | ExplainAsked) -> None:
         if self._held:
             event.reply(Failure(code=Code.UNAVAILABLE, message="The scheduler has lost the registry (Redis)."))
         else:
@@ -271,6 +309,8 @@ class Service:
                 self._context.event("placement.decided", **action.facts, decision_ms=round(took_s * 1000, 3))
             case Oriented():
                 self.oriented.set()
+            case StartupMeasured(measured=measured):
+                self._measured(measured)
             case _:
                 raise TypeError(f"{type(action).__name__} takes time and is not told")
 
@@ -300,7 +340,7 @@ class Service:
                 return await self._migrate(action)
             case CommandPrefetch():
                 return await self._prefetch(action)
-            case Answer() | Note() | Decided() | Oriented():
+            case Answer() | Note() | Decided() | Oriented() | StartupMeasured():
                 raise TypeError(f"{type(action).__name__} takes no time and is not done")
             case _:
                 assert_never(action)
@@ -435,6 +475,41 @@ class Service:
         for reason, (moves, requests) in self._core.moves.open().items():
             MOVES.labels(reason.value).set(moves)
             MOVING.labels(reason.value).set(requests)
+        self._show_figures(self._core.figures())
+
+    def _show_figures(self, now: Figures) -> None:
+        """Counters rise by what has come since the last look."""
+        before, self._counted = self._counted, now
+        LOADS.inc(now.loads - before.loads)
+        EVICTIONS.inc(now.evictions - before.evictions)
+        FINISHED.inc(now.finished_requests - before.finished_requests)
+        SWAPS.set(now.swaps_per_request)
+        for counter, new, old in (
+            (PARKS, now.parks, before.parks),
+            (MOVED, now.moves, before.moves),
+            (PREFETCHES, now.prefetches, before.prefetches),
+        ):
+            for label, total in new.items():
+                counter.labels(label).inc(total - old.get(label, 0))
+        bound = now.bound
+        BOUND_HELD.set(bound is None or bound.held)
+        BOUND_LEAST_S.set(bound.least_s if bound is not None else 0)
+        LATE.set(bound.late if bound is not None else 0)
+
+    def _measured(self, measured: Measured) -> None:
+        tier = measured.tier
+        STARTUP_S.labels(tier, "estimate").observe(measured.estimate.total_s)
+        STARTUP_S.labels(tier, "actual").observe(measured.actual_s)
+        ESTIMATE_ERROR.labels(tier).observe(measured.relative_error)
+        self._context.event(
+            "startup.measured",
+            deployment=measured.deployment,
+            replica_id=measured.replica_id,
+            tier=tier,
+            estimate_s=round(measured.estimate.total_s, 6),
+            actual_s=round(measured.actual_s, 6),
+            relative_error=round(measured.relative_error, 4),
+        )
 
 
 def _failure(error: HearthError | CodecError) -> Failure:

@@ -87,9 +87,10 @@ class Tenant:
     """A replica that holds a worker, as one who needs its place sees it.
 
     `evictable`: it is idle and may be stopped now. `movable`: its requests may be migrated. `awaitable`: it may be told
-    to take nothing new and to go when what runs has ended. `parkable`: it has had its turn (`fairness`). `running` requests of `tokens` in all (prompts and outputs) run in it; `remaining_s` until the
-    last of them is expected to end, `resume_s` to recompute them elsewhere (`a·(t_in + t_out) + b`, without loading
-    anything there). `load_s` is what having it back on this server would take. `worker_ids` are all its devices.
+    to take nothing new and to go when what runs has ended. `parkable`: it has had its turn (`fairness`). `running`
+    requests of `tokens` in all (prompts and outputs) run in it; `remaining_s` until the last of them is expected to
+    end, `resume_s` to recompute them elsewhere (`a·(t_in + t_out) + b`, without loading anything there). `load_s` is
+    what having it back on this server would take. `worker_ids` are all its devices.
     """
 
     replica_id: str

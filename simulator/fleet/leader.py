@@ -126,7 +126,9 @@ class Leader:
                 self._back(e.OperationFailed(deployment, operation, AWAY), record_s)
             case e.PollImport(deployment, operation):
                 self._back(e.OperationFailed(deployment, operation, AWAY), record_s)
-            case e.Decided() | e.Answer():
+            case e.Answer(reply, answer):
+                reply(answer)
+            case e.Decided():
                 pass
 
     def _look(self, asked_at: float) -> None:

@@ -197,6 +197,7 @@ class Replica:
             self._explain(request, now)
         else:
             request.pause_s += now - request.waits_since
+        request.waits_since = now
         self.prefill(Prefill(request.prompt_tokens + request.tokens, request, request.slot))
 
     def adopt(self, request: Request, migration: Migration, gap_tokens: int, done: Callable[[float], None]) -> None:
@@ -307,6 +308,7 @@ class Replica:
         if job.done is None and request.slot == job.slot and request.startup_s != request.startup_s:
             delay_s = self.worker.world.dispatch_s
             request.startup_s = now + delay_s - request.arrived_s
+            request.queue_s += now + delay_s - request.waits_since  # behind the prefills of others
         self._prefill_began_at = now + delay_s
         self._prefill_ends_at = now + delay_s + self.model.prefill_s + job.tokens * self.model.prefill_token_s
 

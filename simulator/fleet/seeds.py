@@ -153,7 +153,9 @@ def main() -> int:
         except Exception:
             failed += 1
             traceback.print_exc(limit=-5)
-            print(f"seed {seed} fails: python -m simulator.fleet.seeds --first {seed} --count 1 --policy {asked.policy}")
+            print(
+                f"seed {seed} fails: python -m simulator.fleet.seeds --first {seed} --count 1 --policy {asked.policy}"
+            )
             continue
         requests += report.counters.requests
         complete += int(report.completed.sum())

@@ -140,7 +140,7 @@ def test_a_busy_replica_is_left_alone_and_the_newcomer_waits_until_it_is_idle() 
     assert desk.notes().count("placement.deferred") == 1
     desk.queue("x", 0)
     desk.shows(load.message, "a0", ReplicaState.READY)
-    desk.wait(0.5)
+    desk.wait(2.0)
     desk.stopped()
     assert desk.only(CommandLoad).message.deployment == "m"
 
@@ -150,7 +150,7 @@ def test_a_busy_replica_that_nobody_asks_for_takes_nothing_more_and_its_end_is_a
     desk.queue("x", 1)
     desk.hint("x")
     load = desk.loaded(running=1)
-    desk.wait(3.0)
+    desk.wait(6.0)
     desk.queue("m", 1)
     desk.hint("m")
     stop = desk.only(CommandStop).message
@@ -328,7 +328,7 @@ def test_a_worker_that_is_full_or_away_never_makes_a_deployment_fail() -> None:
     for failure in (AWAY, Failure(code=Code.OUT_OF_MEMORY, message="Full."), AWAY, AWAY):
         load = desk.only(CommandLoad)
         desk.tell(LoadRefused(load.message.replica_id, failure))
-        desk.wait(1.1)
+        desk.wait(desk.rules.silence_s + desk.rules.look_interval_s)
     assert desk.deployments["m"].failure is None
 
 
@@ -343,7 +343,7 @@ def test_a_server_that_did_not_answer_is_tried_again_although_others_could_have_
     desk.shows(first.message, "a0", ReplicaState.READY, running=1)
     desk.tell(LoadRefused(second.message.replica_id, AWAY))
     assert desk.take(CommandLoad) == []
-    desk.wait(1.1)
+    desk.wait(desk.rules.silence_s + desk.rules.look_interval_s)
     assert desk.only(CommandLoad).worker_id == "b0"
 
 
