@@ -29,12 +29,18 @@ LOADING_PROGRESS: Final = Progress(phase="reading")
 
 @dataclass(slots=True)
 class LoadTimes:
-    """When what happened of a load; `wanted_at`: since when it was wanted, `room_at`: since when room was made."""
+    """When what happened of a load; `wanted_at`: since when it was wanted, `room_at`: since when room was made.
+
+    The bytes were in DRAM at `landed_at`, and where the ledger says that they had arrived at `arrived_at`: what comes
+    from DRAM has the way to the device for its only one.
+    """
 
     wanted_at: float
     room_at: float
     commanded_at: float
+    asked_at: float = math.nan
     began_at: float = math.nan
+    landed_at: float = math.nan
     arrived_at: float = math.nan
     ready_at: float = math.nan
     tier: str = ""

@@ -34,7 +34,7 @@ class Request:
         "arrived_s", "attach_s", "decide_s", "decoding", "deployment", "ended", "from_step", "from_tokens", "index",
         "load_queue_s", "migration", "migrations", "move_s", "output_tokens", "parks", "pause_s", "prefill_s",
         "prompt_tokens", "queue_s", "recoveries", "replica", "room_s", "slot", "startup_s", "tier", "tokens", "ttft_s",
-        "waits_since",
+        "waiting", "waits_since",
     )  # fmt: skip
 
     def __init__(self, index: int, deployment: str, prompt_tokens: int, output_tokens: int, now: float) -> None:
@@ -45,7 +45,7 @@ class Request:
         self.arrived_s = self.waits_since = now
         self.replica: Replica | None = None
         self.migration: Migration | None = None
-        self.ended = self.decoding = False
+        self.ended = self.decoding = self.waiting = False
         self.tokens = self.slot = self.from_tokens = 0
         self.from_step = 0.0
         self.startup_s = self.ttft_s = NAN
