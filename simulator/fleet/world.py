@@ -6,7 +6,6 @@ Nothing is decided here about placements, tiers or migrations: that is the produ
 from __future__ import annotations
 
 import collections
-import math
 from array import array
 from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
@@ -97,8 +96,7 @@ class World:
     def arrive(self, deployment: str, prompt_tokens: int, output_tokens: int) -> None:
         """A request comes to a gateway."""
         now = self.kernel.now
-        request = Request(len(self.columns), deployment, prompt_tokens, max(1, output_tokens), now)
-        self.columns.open(request)
+        request = Request(self.columns.open(), deployment, prompt_tokens, max(1, output_tokens), now)
         self.counters.requests += 1
         self.open_count += 1
         queue = self.queues[deployment]
@@ -299,8 +297,3 @@ class World:
             self._checks += 1
             if self._checks % every == 0:
                 core.check()
-
-
-def unstarted(request: Request) -> bool:
-    """Whether its first prefill has not begun."""
-    return math.isnan(request.startup_s)
