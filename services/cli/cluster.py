@@ -55,6 +55,7 @@ class Wish:
     port: int = 8080
     servers: int = 1
     workers_per_server: int = 1
+    schedulers: int = 1
     dram_bytes: int | None = None
     ssd_bytes: int | None = None
     nats_port: int | None = None
@@ -266,7 +267,8 @@ def make(wish: Wish, programs: Mapping[str, servers.Program], environ: Mapping[s
         for _ in range(wish.workers_per_server):
             worker += 1
             add("worker", f"worker-{worker}", worker_id=f"worker-{worker}", server_id=server)
-    add("scheduler", "scheduler", scheduler_id="scheduler-1")
+    for number in range(1, wish.schedulers + 1):
+        add("scheduler", "scheduler" if number == 1 else f"scheduler-{number}", scheduler_id=f"scheduler-{number}")
     add("gateway", "gateway", gateway_id="gateway-1", http_host=wish.host, http_port=str(wish.port))
 
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(wish.host, f"[{wish.host}]" if ":" in wish.host else wish.host)

@@ -144,6 +144,9 @@ def _up(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers-per-server", "--workers", metavar="M", type=_positive, default=1, help="workers on each (1)"
     )
+    parser.add_argument(
+        "--schedulers", metavar="N", type=_positive, default=1, help="schedulers: one leads, the others stand by (1)"
+    )
     parser.add_argument("--port", type=_port, default=8080, help="port of the HTTP API (%(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="address of the HTTP API (%(default)s: this machine only)")
     parser.add_argument("--dram", metavar="SIZE", type=_size, help="DRAM tier of each server, such as 512MiB or 4GiB")

@@ -38,7 +38,7 @@ def tables(view: ClusterView) -> RenderableType:
     parts: list[RenderableType] = [_deployments(view), _replicas(view), _workers(view)]
     if any(record.migrations for record in view.workers):
         parts.append(_migrations(view))
-    return Group(*parts, _servers(view))
+    return Group(*parts, _servers(view), _schedulers(view))
 
 
 def plain_table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
@@ -167,6 +167,23 @@ def _workers(view: ClusterView) -> RenderableType:
         if (parts := [labels_text(record.labels)] * bool(record.labels) + ["shares replicas"] * record.gangs)
     ]
     return Group(table, *notes, "")
+
+
+def _schedulers(view: ClusterView) -> RenderableType:
+    """Who leads, since which term, and who would follow."""
+    table = plain_table("\nschedulers", "scheduler", "phase", "pid", "role", "term", right=("pid", "term"))
+    for record in sorted(view.schedulers, key=lambda record: (-record.term, record.scheduler_id)):
+        table.add_row(
+            record.scheduler_id,
+            Text(record.phase.value, style="" if record.phase is Phase.READY else "yellow"),
+            str(record.pid),
+            "leads" if record.term else "stands by",
+            str(record.term) if record.term else "–",
+        )
+    if any(record.term for record in view.schedulers):
+        return table
+    nobody = Text("no scheduler leads: what is ready answers, nothing is loaded or moved", style="red")
+    return Group(table, nobody) if view.schedulers else Group("", nobody)
 
 
 def _migrations(view: ClusterView) -> RenderableType:

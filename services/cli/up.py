@@ -313,6 +313,7 @@ def up(options: argparse.Namespace) -> int:
         port=options.port,
         servers=options.servers,
         workers_per_server=options.workers_per_server,
+        schedulers=options.schedulers,
         dram_bytes=options.dram,
         ssd_bytes=options.ssd,
         nats_port=options.nats_port,
@@ -335,7 +336,8 @@ def up(options: argparse.Namespace) -> int:
             for note in plan.notes:
                 screen.tell("hearth", note)
             workers = _plural(wish.servers * wish.workers_per_server, "worker")
-            screen.say(f"starting {_plural(wish.servers, 'server')}, {workers}, scheduler, gateway")
+            schedulers = _plural(wish.schedulers, "scheduler")
+            screen.say(f"starting {_plural(wish.servers, 'server')}, {workers}, {schedulers}, gateway")
             return asyncio.run(_live(plan, data, screen, options.demo))
         finally:
             data.close()

@@ -21,7 +21,7 @@ from typing import Final, TypeVar
 
 from services.scheduler.accuracy import Accuracy, Errors, Missed
 from services.scheduler.lanes import Lanes
-from services.scheduler.learning import Fit, Level, MovingSpeed, Straight
+from services.scheduler.learning import Fit, Level, Straight
 from services.scheduler.terms import Startup
 from shared.contracts.migration import MigrationEnded, MigrationOutcome
 from shared.contracts.placement import ReplicaLoaded
@@ -31,11 +31,12 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 MOVING_TIERS: Final = ("ssd", "peer", "remote")
-TOLD_CHANGE: Final = 0.02  # what servers that were never measured share is changed when it has moved by this much
+TOLD_CHANGE: Final = 0.05  # what servers that were never measured share is changed when it has moved by this much
 REMEMBERED: Final = 65536  # replicas, checkpoints per device kind, pairs of workers: the oldest are forgotten
+LEAST_SECONDS_PER_BYTE: Final = 1e-13  # nothing is faster
 OUTPUT_KEPT: Final = 0.99  # of the weight of earlier requests, for every one that ends
 RESUME_SCALE_TOKENS: Final = 1000.0
-ATTACH_SCALE_BYTES: Final = float(1 << 30)
+SCALE_BYTES: Final = float(1 << 30)
 EULER_GAMMA: Final = 0.5772156649
 WAITED: Final = 1.02  # move + attach this many times all of the work: the worker has waited for bytes
 # What a request that has generated more than the average is still expected to generate, in averages: none if all are
@@ -47,12 +48,16 @@ LEFT_BEYOND_AVERAGE: Final = 0.5
 class Priors:
     """What is believed before anything was measured: an ordinary NVMe disk, 10 Gb/s between servers, 2 to the source.
 
-    `bytes_per_s` is by tier ("dram": copies within memory, which no load waits for). Attaching takes `attach_s` and a
+    `bytes_per_s` is by tier ("dram": copies within memory, which no load waits for), `latency_s` what goes before the
+    first byte. Attaching takes `attach_s` and a
     second per `attach_bytes_per_s`, by kind of device. A request resumes in `resume_token_s` per token and `resume_s`.
     """
 
     bytes_per_s: Mapping[str, float] = field(
         default_factory=lambda: MappingProxyType({"dram": 1e10, "ssd": 1e9, "peer": 5e8, "remote": 2e8})
+    )
+    latency_s: Mapping[str, float] = field(
+        default_factory=lambda: MappingProxyType({"ssd": 0.01, "peer": 0.05, "remote": 0.1})
     )
     attach_s: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({"cpu": 0.2, "cuda": 0.5}))
     attach_bytes_per_s: Mapping[str, float] = field(
@@ -68,11 +73,11 @@ class Priors:
 
 @dataclass(slots=True)
 class _Server:
-    """What is known of one server. `own` are the speeds that its loads have shown, `said` (seconds per byte) those that
-    its store has measured."""
+    """What is known of one server: seconds of moving bytes, by tier, as its loads have shown (`own`), and seconds per
+    byte as its store has measured (`said`)."""
 
     lanes: Lanes = field(default_factory=Lanes)
-    own: dict[str, MovingSpeed] = field(default_factory=dict)
+    own: dict[str, Fit] = field(default_factory=dict)
     said: dict[str, float] = field(default_factory=dict)
 
 
@@ -112,8 +117,10 @@ class Estimator:
     def __init__(self, priors: Priors | None = None) -> None:
         self.priors: Final = priors or Priors()
         self._servers: dict[str, _Server] = {}
-        self._common = {tier: MovingSpeed(1.0 / self.priors.bytes_per_s[tier]) for tier in MOVING_TIERS}
-        self._shared = {tier: speed.seconds_per_byte for tier, speed in self._common.items()}
+        self._shared = {
+            tier: Straight(1.0 / self.priors.bytes_per_s[tier], self.priors.latency_s[tier]) for tier in MOVING_TIERS
+        }
+        self._common = {tier: Fit(line, SCALE_BYTES) for tier, line in self._shared.items()}
         self._attaching: collections.OrderedDict[tuple[str, str], _Attaching] = collections.OrderedDict()
         self._attach_fits: dict[str, Fit] = {}
         self._rests: dict[str, Level] = {}
@@ -158,13 +165,13 @@ class Estimator:
             return ()
         server = self._server(report.server_id)
         if tier not in server.own:
-            server.own[tier] = MovingSpeed(self.seconds_per_byte(report.server_id, tier))
+            server.own[tier] = Fit(self._moving(report.server_id, tier), SCALE_BYTES)
         server.own[tier].learn(report.moved_bytes, report.move_s)
         common = self._common[tier]
         common.learn(report.moved_bytes, report.move_s)
         changed = {report.server_id: None}
-        if abs(common.seconds_per_byte - self._shared[tier]) > TOLD_CHANGE * self._shared[tier]:
-            self._shared[tier] = common.seconds_per_byte
+        if _differs(common.line, self._shared[tier]):
+            self._shared[tier] = common.line
             unmeasured = (id for id, one in self._servers.items() if tier not in one.own and tier not in one.said)
             changed.update(dict.fromkeys(unmeasured))
         return tuple(sorted(changed))
@@ -221,14 +228,11 @@ class Estimator:
     def seconds_per_byte(self, server_id: str, tier: str) -> float:
         """Of the whole way from `tier` to this server's DRAM: as its own loads have shown, else as its store has
         measured, else as those of all servers have shown."""
-        if tier not in MOVING_TIERS:
-            return 1.0 / self.priors.bytes_per_s["dram"]
-        server = self._servers.get(server_id)
-        if server is not None and tier in server.own:
-            return server.own[tier].seconds_per_byte
-        if server is not None and tier in server.said:
-            return server.said[tier]
-        return self._shared[tier]
+        return max(LEAST_SECONDS_PER_BYTE, self._moving(server_id, tier).slope)
+
+    def latency_s(self, server_id: str, tier: str) -> float:
+        """What a load from `tier` takes before its bytes flow, the queue aside."""
+        return self._moving(server_id, tier).base
 
     def bandwidth(self, server_id: str, tier: str) -> float:
         """Bytes per second of the slowest tier on the way from `tier` to this server's DRAM."""
@@ -241,7 +245,7 @@ class Estimator:
             return 0.0
         shown, unseen = server.lanes.ahead(tier, now, key)
         said_s = max(0.0, shown * self.seconds_per_byte(server_id, tier) - (now - server.lanes.said_at))
-        return said_s + sum(count * self.seconds_per_byte(server_id, from_tier) for from_tier, count in unseen)
+        return said_s + sum(self._move_s(server_id, from_tier, count) for from_tier, count in unseen)
 
     # -- the worker's part -----------------------------------------------------------------------------------------
 
@@ -283,7 +287,7 @@ class Estimator:
             return Startup(attach_s=self.attach_s(device, key, weight_bytes), room_s=room_s)
         server = self._servers.get(server_id)
         arriving = server is not None and key in server.lanes.arriving
-        move_s = missing_bytes * self.seconds_per_byte(server_id, tier)
+        move_s = self._move_s(server_id, tier, missing_bytes)
         work_s = self._work_s(_kind(device), key, weight_bytes)
         return Startup(
             wait_s=0.0 if arriving else self.wait_s(server_id, tier, now, key),
@@ -346,6 +350,20 @@ class Estimator:
     def _server(self, server_id: str) -> _Server:
         return self._servers.setdefault(server_id, _Server())
 
+    def _moving(self, server_id: str, tier: str) -> Straight:
+        """Seconds over bytes."""
+        if tier not in MOVING_TIERS:
+            return Straight(1.0 / self.priors.bytes_per_s["dram"], 0.0)
+        server, shared = self._servers.get(server_id), self._shared[tier]
+        if server is not None and tier in server.own:
+            return server.own[tier].line
+        if server is not None and tier in server.said:
+            return Straight(server.said[tier], shared.base)
+        return shared
+
+    def _move_s(self, server_id: str, tier: str, size_bytes: int) -> float:
+        return self.latency_s(server_id, tier) + size_bytes * self.seconds_per_byte(server_id, tier)
+
     def _deployment(self, name: str) -> _Deployment:
         known = self._deployments.get(name)
         if known is None:
@@ -360,7 +378,7 @@ class Estimator:
             priors = self.priors
             base = priors.attach_s.get(kind, priors.attach_s["cpu"])
             bytes_per_s = priors.attach_bytes_per_s.get(kind, priors.attach_bytes_per_s["cpu"])
-            fit = self._attach_fits[kind] = Fit(Straight(1.0 / bytes_per_s, base), ATTACH_SCALE_BYTES)
+            fit = self._attach_fits[kind] = Fit(Straight(1.0 / bytes_per_s, base), SCALE_BYTES)
         return fit
 
     def _learn_attach(self, report: ReplicaLoaded) -> None:
@@ -442,6 +460,12 @@ def _put(kept: collections.OrderedDict[K, V], key: K, value: V) -> None:
     kept.move_to_end(key)
     while len(kept) > REMEMBERED:
         kept.popitem(last=False)
+
+
+def _differs(one: Straight, other: Straight) -> bool:
+    """Whether it makes a difference to loads, small or large."""
+    pairs = ((one.at(size), other.at(size)) for size in (SCALE_BYTES / 8, 64 * SCALE_BYTES))
+    return any(abs(mine - theirs) > TOLD_CHANGE * theirs for mine, theirs in pairs)
 
 
 def _kind(device: str) -> str:

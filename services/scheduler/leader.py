@@ -79,6 +79,8 @@ class Leader:
             self.machine, tell=self._tell, do=self._do, long=LONG, clock=self._clock
         )
         self._allowed = asyncio.Event()
+        self._connected = asyncio.Event()
+        self._connected.set()
         self._service: Service | None = None
         self._work: asyncio.Task[None] | None = None
         self._beat: Heartbeat | None = None
@@ -99,6 +101,7 @@ class Leader:
         self._beat = context.heartbeat(self._record)
         await context.bus.subscribe(LEADING, self._leading)
         await context.bus.subscribe(RECORD_CHANGED, self._scheduler_changed, kind=record_kind(SchedulerRecord))
+        context.bus.on_disconnect(self._connected.clear)
         context.bus.on_reconnect(self._reconnected)
         driver = context.tasks.create_task(self._driver.run(), name="leadership")
         await context.stopping.wait()
@@ -115,8 +118,9 @@ class Leader:
 
     async def granted(self) -> int:
         """Wait until commands are allowed; the term that they carry."""
-        while not self.may_command:
+        while not (self.may_command and self._connected.is_set()):
             await self._allowed.wait()
+            await self._connected.wait()  # or the command would be carried out when nobody wants it any more
             await asyncio.sleep(0)  # the lease may have run out a moment before the machine says so
         return self.machine.term
 
@@ -144,6 +148,7 @@ class Leader:
             self._driver.post(Hinted())
 
     def _reconnected(self) -> None:
+        self._connected.set()
         if self._service is not None:
             self._service.reconnected()
 

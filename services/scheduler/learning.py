@@ -14,7 +14,10 @@ CLIP: Final = 4.0  # an odd figure is not taken for more than this many times wh
 PLAIN_WEIGHT: Final = 0.4  # of the newest figure
 SHY_WEIGHT: Final = 0.1  # of an odd one
 SURE_WEIGHT: Final = 0.8  # of the second odd one in a row on the same side: it has changed
-KEPT: Final = 0.9  # of the weight of what a fit knows, at every new point
+KEPT: Final = 0.85  # of the weight of what a fit knows, at every new point
+KEPT_OF_CHANGED: Final = 0.1  # the same, at the second odd point in a row on the same side
+BELIEF: Final = 0.1  # the weight of what is believed before the first point
+SMALL: Final = 0.05  # of the scale: errors grow with x from there on, and count by what part of it they are
 
 
 class Level:
@@ -46,40 +49,6 @@ class Level:
         self.value += weight * share * (figure - self.value)
 
 
-class MovingSpeed:
-    """Seconds per byte of one tier's transfers. Larger ones say more, for a small one measures latencies.
-
-    It begins with what others know.
-    """
-
-    __slots__ = ("_level", "_typical_bytes")
-
-    WEIGHTY_BYTES: Final = 32 << 20  # what the first transfer must bring to outweigh what others know
-    DRIFT: Final = 0.2  # how far a transfer moves, on a logarithmic scale, what counts as an ordinary size
-
-    def __init__(self, known: float) -> None:
-        self._level = Level(known)
-        self._typical_bytes = 0.0
-
-    @property
-    def seconds_per_byte(self) -> float:
-        """The present figure."""
-        assert self._level.value is not None
-        return self._level.value
-
-    def learn(self, moved_bytes: int, seconds: float) -> None:
-        """So many bytes (> 0) took so long (> 0)."""
-        figure, size = seconds / moved_bytes, float(moved_bytes)
-        weighty = size / (size + self.WEIGHTY_BYTES)
-        if self._typical_bytes == 0.0:
-            known = self.seconds_per_byte
-            self._level = Level(known + weighty * (figure - known))
-            self._typical_bytes = size
-            return
-        self._level.learn(figure, min(1.0, size / self._typical_bytes, 2 * weighty))
-        self._typical_bytes *= (size / self._typical_bytes) ** self.DRIFT
-
-
 @dataclass(frozen=True, slots=True)
 class Straight:
     """y = slope · x + base; neither is negative."""
@@ -93,39 +62,45 @@ class Straight:
 
 
 class Fit:
-    """A straight line through points, by least squares with exponential forgetting, around what is believed before.
+    """A straight line through points, by weighted least squares with exponential forgetting.
 
-    The belief weighs as much as one point at 0 and one at `scale`, so that points of one x only do not tilt the line.
+    It begins with a belief, that counts as a fraction of one point at 0 and one at `scale`: points of one x only do not
+    tilt the line. Times are off by parts of themselves, so errors weigh less the larger x is: small points say what the
+    base is, large ones the slope, and neither spoils the other.
     """
 
-    __slots__ = ("_odd", "_scale", "_sums", "belief", "points")
+    __slots__ = ("_belief_weight", "_odd", "_scale", "_sums", "belief", "points")
 
     def __init__(self, belief: Straight, scale: float) -> None:
         self.belief = belief
         self.points = 0
+        self._belief_weight = BELIEF
         self._scale = scale
         self._odd = 0
-        self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)  # of weights, x, y, x·x, x·y
+        self._sums: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0, 0.0)  # of weights, x, y, x·x, x·y
 
     def learn(self, x: float, y: float) -> None:
         """One more point; x in units of `scale`'s, both not negative."""
-        weight = 1.0
-        side = _side(y, self.line.at(x)) if self.points else 0
-        if side and side != self._odd:
+        known = self.line.at(x)
+        side = _side(y, known) if self.points else 0
+        weight, kept = 1.0, KEPT
+        if side and side == self._odd:
+            kept = KEPT_OF_CHANGED
+        elif side:
             weight = SHY_WEIGHT
+            y = min(max(y, known / CLIP), known * CLIP)
         self._odd = side
         self.points += 1
-        x /= self._scale
-        n, sx, sy, sxx, sxy = (KEPT * one for one in self._sums)
-        self._sums = (n + weight, sx + weight * x, sy + weight * y, sxx + weight * x * x, sxy + weight * x * y)
+        self._belief_weight *= KEPT
+        self._sums = _added(tuple(kept * one for one in self._sums), weight, x / self._scale, y)
 
     @property
     def line(self) -> Straight:
         """The present line."""
-        ends = (self.belief.base, self.belief.at(self._scale))
-        n, sx, sy, sxx, sxy = self._sums
-        # The belief: a point at 0, and one at 1 (in units of the scale).
-        n, sx, sy, sxx, sxy = n + 2.0, sx + 1.0, sy + ends[0] + ends[1], sxx + 1.0, sxy + ends[1]
+        sums = self._sums
+        for x, y in ((0.0, self.belief.base), (1.0, self.belief.at(self._scale))):
+            sums = _added(sums, self._belief_weight, x, y)
+        n, sx, sy, sxx, sxy = sums
         slope = (n * sxy - sx * sy) / (n * sxx - sx * sx)
         base = (sy - slope * sx) / n
         if slope < 0.0:
@@ -133,6 +108,11 @@ class Fit:
         elif base < 0.0:
             slope, base = sxy / sxx, 0.0
         return Straight(slope / self._scale, base)
+
+
+def _added(sums: tuple[float, ...], weight: float, x: float, y: float) -> tuple[float, ...]:
+    weight /= (SMALL + x) ** 2
+    return tuple(one + weight * more for one, more in zip(sums, (1.0, x, y, x * x, x * y), strict=True))
 
 
 def _side(figure: float, known: float) -> int:

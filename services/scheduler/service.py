@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from typing import Protocol, assert_never
+from typing import Final, Protocol, assert_never
 
 import msgspec
 from prometheus_client import Counter, Gauge, Histogram
@@ -72,7 +72,7 @@ from services.scheduler.events import (
 )
 from services.scheduler.figures import Figures
 from services.scheduler.gate import Gate
-from shared.bus import Reply, Subscription
+from shared.bus import Reply, Subscription, Unserved
 from shared.codec import CodecError
 from shared.contracts.events import RecordChanged
 from shared.contracts.migration import MigrationEnded, Move, Moved, Moving, Relief
@@ -118,6 +118,10 @@ RECORDS: dict[str, type[ServerRecord] | type[WorkerRecord] | type[ReplicaRecord]
     "worker": WorkerRecord,
     "replica": ReplicaRecord,
 }
+
+# A load is asked for so often, in all, while nobody says no to it (it is idempotent): perhaps NATS hangs for a moment,
+# and the same load elsewhere would then be one more. Where nobody serves the subject there is nobody to wait for.
+LOAD_TRIES: Final = 3
 
 # What was read while the lease was lost, or just before: records may have expired, and nobody has written them again.
 AWAY = Failure(code=Code.UNAVAILABLE, message="The registry was away while it was read.")
@@ -424,11 +428,15 @@ class Service:
         decision_s = max(0.0, self._clock() - action.demanded_at)
         term = await self._authority.granted()
         message = msgspec.structs.replace(action.message, decision_s=decision_s, term=term)
-        try:
-            await self._context.bus.call(LOAD, message, worker_id=action.worker_id)
-        except HearthError as error:
-            self._authority.refused(error.failure)
-            return LoadRefused(message.replica_id, error.failure)
+        for left in reversed(range(LOAD_TRIES)):
+            try:
+                await self._context.bus.call(LOAD, message, worker_id=action.worker_id)
+                break
+            except HearthError as error:
+                unheard = error.failure.code is Code.UNAVAILABLE and not isinstance(error, Unserved)
+                if not (unheard and left):
+                    self._authority.refused(error.failure)
+                    return LoadRefused(message.replica_id, error.failure)
         return LoadAccepted(message.replica_id)
 
     async def _stop(self, action: CommandStop) -> Event:

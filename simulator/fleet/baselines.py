@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from services.scheduler.choice import decide, load
+from services.scheduler.choice import decide
 from services.scheduler.fits import Fit, fit
-from services.scheduler.terms import Ask, Candidate, Decision, Outcome, RoomPlan, Tenant
+from services.scheduler.terms import Ask, Candidate, Decision, Outcome, RoomPlan, Startup, Tenant
 from services.scheduler.view import View, tier_of
 from shared.contracts.records import Phase, WorkerRecord
 from simulator.kernel import Dice
@@ -89,8 +89,7 @@ class Shepherd:
 
         def rank(one: Place) -> tuple[int, int, int, float, str]:
             worker = one.workers[0]
-            server = view.servers[one.server_id]
-            seconds = load(view, ask, server, worker.device, _tier(ask, view, one), now).load_s
+            seconds = _load(ask, view, one, now).load_s
             idle_s = min((tenant.idle_s for tenant in one.idle), default=0.0)
             tokens = sum(tenant.tokens for tenant in one.running)
             # To the tenth of a second: a free place that is as near is better than stopping somebody.
@@ -165,21 +164,29 @@ def _tier(ask: Ask, view: View, place: Place) -> str:
     return "peer" if tier == "remote" and any(one for one in view.ssd_holders(ask.need.key)) else tier
 
 
+def _load(ask: Ask, view: View, place: Place, now: float) -> Startup:
+    """The estimated start there, without making room."""
+    tier, estimator, id, need = _tier(ask, view, place), view.estimator, place.server_id, ask.need
+    return Startup(
+        wait_s=estimator.wait_s(id, tier, now),
+        move_s=0.0 if tier == "dram" else need.weight_bytes / estimator.bandwidth(id, tier),
+        attach_s=estimator.attach_s(place.workers[0].device, need.key, -(-need.weight_bytes // ask.devices)),
+    )
+
+
 def _decision(ask: Ask, view: View, now: float, chosen: Place | None) -> Decision:
     name = ask.need.deployment
     if chosen is None:
         return Decision(name, Outcome.WAIT, reason="No place is free.")
-    server, worker = view.servers[chosen.server_id], chosen.workers[0]
-    tier = _tier(ask, view, chosen)
-    startup = load(view, ask, server, worker.device, tier, now)
+    startup = _load(ask, view, chosen, now)
     stops, parks = (tuple(one.replica_id for one in some) for some in (chosen.idle, chosen.running))
     room = RoomPlan(stops=stops, parks=parks, seconds=view.estimator.stop_s() if stops or parks else 0.0)
     candidate = Candidate(
         worker_ids=tuple(one.worker_id for one in chosen.workers),
         server_id=chosen.server_id,
-        tier=tier,
+        tier=_tier(ask, view, chosen),
         startup=replace(startup, room_s=room.seconds),
         room=room,
     )
     outcome = Outcome.MAKE_ROOM if parks else Outcome.EVICT if stops else Outcome.PLACE
-    return Decision(name, outcome, (candidate,), candidate, reason=f"{worker.worker_id} was chosen.")
+    return Decision(name, outcome, (candidate,), candidate, reason=f"{chosen.workers[0].worker_id} was chosen.")

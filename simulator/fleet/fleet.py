@@ -229,6 +229,7 @@ class Fleet:
                 np.array(at_s), state, np.array(waiting, dtype=np.int32), np.array(running, dtype=np.int32)
             ),
             loads=tuple(world.loads),
+            estimates=np.array(world.measured, dtype=np.float64).reshape(-1, 2),
             virtual_s=served_at,
             digest=ledgers.digest(),
         )

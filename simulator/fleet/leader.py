@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from services.scheduler import events as e
 from services.scheduler.core import Core
 from shared.contracts.migration import MigrationEnded
-from shared.contracts.placement import LoadReplica, ReplicaFailed
+from shared.contracts.placement import LoadReplica, ReplicaFailed, ReplicaLoaded
 from shared.errors import Code, Failure
 from simulator.fleet.replica import LoadTimes
 from simulator.kernel import Timer
@@ -48,9 +48,13 @@ class Leader:
 
     # -- what it hears
 
-    def demand(self, deployment: str) -> None:
+    def demand(self, deployment: str, waiting: int, oldest_s: float) -> None:
         """A hint of a gateway."""
-        self.handle(e.DemandHinted(deployment, self.world.kernel.now))
+        self.handle(e.DemandHinted(deployment, self.world.kernel.now, "g0", waiting, oldest_s))
+
+    def replica_loaded(self, message: ReplicaLoaded) -> None:
+        """A worker's word."""
+        self.handle(e.LoadReported(message))
 
     def record_changed(self, kind: str, id: str, deleted: bool) -> None:
         """A hint of a record's writer."""
@@ -128,6 +132,8 @@ class Leader:
                 self._back(e.OperationFailed(deployment, operation, AWAY), record_s)
             case e.Answer(reply, answer):
                 reply(answer)
+            case e.StartupMeasured(measured):
+                world.measured.append((measured.estimate.total_s, measured.actual_s))
             case e.Decided():
                 pass
 

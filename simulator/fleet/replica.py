@@ -29,12 +29,18 @@ LOADING_PROGRESS: Final = Progress(phase="reading")
 
 @dataclass(slots=True)
 class LoadTimes:
-    """When what happened of a load; `wanted_at`: since when it was wanted, `room_at`: since when room was made."""
+    """When what happened of a load; `wanted_at`: since when it was wanted, `room_at`: since when room was made.
+
+    The bytes were in DRAM at `landed_at`, and where the ledger says that they had arrived at `arrived_at`: what comes
+    from DRAM has the way to the device for its only one.
+    """
 
     wanted_at: float
     room_at: float
     commanded_at: float
+    asked_at: float = math.nan
     began_at: float = math.nan
+    landed_at: float = math.nan
     arrived_at: float = math.nan
     ready_at: float = math.nan
     tier: str = ""
@@ -82,6 +88,7 @@ class Replica:
         self._prefill_ends_at = math.inf
         self._prefill_began_at = 0.0
         self._decoding = 0
+        self.step_s = self.model.step_s  # of a decode step with what decodes now
         self._ends: list[tuple[float, int, Request]] = []
         self._steps = 0.0
         self._steps_at = 0.0
@@ -102,11 +109,6 @@ class Replica:
     def busy(self) -> bool:
         """Whether it runs anything, or is about to."""
         return bool(self.held or self.reserved)
-
-    @property
-    def step_s(self) -> float:
-        """A decode step with what decodes now."""
-        return self.model.step_s + max(0, self._decoding - 1) * self.model.step_request_s
 
     def tokens(self, request: Request, now: float) -> int:
         """Output tokens of a request that runs here."""
@@ -192,7 +194,7 @@ class Replica:
         self._seat(request)
         # Pull, hand out, claim: four messages (`docs/simulator.md`).
         now = world.kernel.now
-        if request.startup_s != request.startup_s:
+        if not request.begun:
             request.queue_s = now - request.arrived_s
             self._explain(request, now)
         else:
@@ -305,7 +307,7 @@ class Replica:
         job = self._prefills[0]
         request = job.request
         delay_s = 0.0
-        if job.done is None and request.slot == job.slot and request.startup_s != request.startup_s:
+        if job.done is None and request.slot == job.slot and not request.begun:
             delay_s = self.worker.world.dispatch_s
             request.startup_s = now + delay_s - request.arrived_s
             request.queue_s += now + delay_s - request.waits_since  # behind the prefills of others
@@ -341,14 +343,18 @@ class Replica:
         request.slot = self._slots_given
         request.decoding = True
         request.from_step, request.from_tokens = self._steps, request.tokens
-        self._decoding += 1
+        self._decoded(1)
         heapq.heappush(self._ends, (self._steps + left, request.slot, request))
         self._arm(now)
 
     def _undecode(self, request: Request) -> None:
         if request.decoding:
             request.decoding = False
-            self._decoding -= 1
+            self._decoded(-1)
+
+    def _decoded(self, change: int) -> None:
+        self._decoding += change
+        self.step_s = self.model.step_s + max(0, self._decoding - 1) * self.model.step_request_s
 
     def _advance(self, now: float) -> None:
         """Count the steps until now."""

@@ -151,7 +151,10 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """See the module. `deployments` and `servers` name the indices; `virtual_s` is how long the run was."""
+    """See the module. `deployments` and `servers` name the indices; `virtual_s` is how long the run was.
+
+    `estimates` has a row per start that the scheduler had estimated: seconds as estimated, and as they were.
+    """
 
     policy: str
     seed: int
@@ -162,6 +165,7 @@ class Report:
     accesses: Accesses
     utilisation: Utilisation
     loads: tuple[Load, ...]
+    estimates: F8
     virtual_s: float
     digest: str
 

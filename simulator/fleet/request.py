@@ -34,7 +34,7 @@ class Request:
         "arrived_s", "attach_s", "decide_s", "decoding", "deployment", "ended", "from_step", "from_tokens", "index",
         "load_queue_s", "migration", "migrations", "move_s", "output_tokens", "parks", "pause_s", "prefill_s",
         "prompt_tokens", "queue_s", "recoveries", "replica", "room_s", "slot", "startup_s", "tier", "tokens", "ttft_s",
-        "waits_since",
+        "waiting", "waits_since",
     )  # fmt: skip
 
     def __init__(self, index: int, deployment: str, prompt_tokens: int, output_tokens: int, now: float) -> None:
@@ -45,7 +45,7 @@ class Request:
         self.arrived_s = self.waits_since = now
         self.replica: Replica | None = None
         self.migration: Migration | None = None
-        self.ended = self.decoding = False
+        self.ended = self.decoding = self.waiting = False
         self.tokens = self.slot = self.from_tokens = 0
         self.from_step = 0.0
         self.startup_s = self.ttft_s = NAN
@@ -54,78 +54,65 @@ class Request:
         self.tier = self.migrations = self.parks = self.recoveries = 0
 
     @property
+    def begun(self) -> bool:
+        """Whether its first prefill has."""
+        return self.startup_s == self.startup_s
+
+    @property
     def id(self) -> str:
         """Its name on the bus."""
         return f"q{self.index}"
 
 
 class Columns:
-    """Ledgers under way: a row per request, filled in when it ends."""
+    """Ledgers under way: a row per request, written when it ends, and put into the order of arrival at the end."""
 
     def __init__(self, deployments: dict[str, int]) -> None:
         self._deployments: Final = deployments
-        self._doubles: Final = {name: array("d") for name in DOUBLES}
-        self._longs: Final = {name: array("i") for name in LONGS}
-        self._shorts: Final = {name: array("h") for name in SHORTS}
-        self._outcome: Final = array("b")
-        self._tier: Final = array("b")
-        self._blank: Final = [(column, 0.0 if name == "arrived_s" else NAN) for name, column in self._doubles.items()]
+        self._over: Final = bytearray()  # by request
+        self._doubles: Final = array("d")  # rows of `DOUBLES`
+        self._longs: Final = array("i")  # rows of the request's number, `LONGS`, `SHORTS`, outcome and tier
 
     def __len__(self) -> int:
-        return len(self._outcome)
+        return len(self._over)
 
-    def open(self, request: Request) -> None:
-        """A row for a request that has arrived."""
-        for column, blank in self._blank:
-            column.append(blank)
-        self._doubles["arrived_s"][-1] = request.arrived_s
-        longs = self._longs
-        longs["deployment"].append(self._deployments[request.deployment])
-        longs["prompt_tokens"].append(request.prompt_tokens)
-        longs["output_tokens"].append(request.output_tokens)
-        for short in self._shorts.values():
-            short.append(0)
-        self._outcome.append(Outcome.OPEN)
-        self._tier.append(0)
+    def open(self) -> int:
+        """The number of a request that has arrived."""
+        self._over.append(0)
+        return len(self._over) - 1
 
     def close(self, one: Request, outcome: Outcome, now: float) -> None:
         """It is over. Raises AssertionError if it was before."""
-        index, doubles, shorts = one.index, self._doubles, self._shorts
-        assert self._outcome[index] == Outcome.OPEN, f"request {one.id} ends twice"
-        self._outcome[index] = outcome
-        self._tier[index] = one.tier
+        assert not self._over[one.index], f"request {one.id} ends twice"
+        self._over[one.index] = 1
         total_s = now - one.arrived_s
-        doubles["startup_s"][index] = one.startup_s
-        doubles["ttft_s"][index] = one.ttft_s
-        doubles["total_s"][index] = total_s
-        doubles["queue_s"][index] = one.queue_s
-        doubles["decide_s"][index] = one.decide_s
-        doubles["room_s"][index] = one.room_s
-        doubles["load_queue_s"][index] = one.load_queue_s
-        doubles["move_s"][index] = one.move_s
-        doubles["attach_s"][index] = one.attach_s
-        doubles["prefill_s"][index] = one.prefill_s
-        doubles["pause_s"][index] = one.pause_s
-        if one.startup_s == one.startup_s:
-            doubles["decode_s"][index] = max(0.0, total_s - one.startup_s - one.prefill_s - one.pause_s)
-        shorts["migrations"][index] = one.migrations
-        shorts["parks"][index] = one.parks
-        shorts["recoveries"][index] = one.recoveries
+        decode_s = max(0.0, total_s - one.startup_s - one.prefill_s - one.pause_s) if one.begun else NAN
+        self._doubles.extend(
+            (
+                one.arrived_s, one.startup_s, one.ttft_s, total_s, one.queue_s, one.decide_s, one.room_s,
+                one.load_queue_s, one.move_s, one.attach_s, one.prefill_s, decode_s, one.pause_s,
+            )
+        )  # fmt: skip
+        self._longs.extend(
+            (
+                one.index, self._deployments[one.deployment], one.prompt_tokens, one.output_tokens,
+                one.migrations, one.parks, one.recoveries, outcome, one.tier,
+            )
+        )  # fmt: skip
 
     def open_rows(self) -> list[int]:
         """Requests that have not ended."""
-        return [index for index, outcome in enumerate(self._outcome) if outcome == Outcome.OPEN]
+        return [index for index, over in enumerate(self._over) if not over]
 
     def ledgers(self) -> Ledgers:
-        """All of them."""
-        columns: dict[str, Any] = {name: np.array(column, dtype=np.float64) for name, column in self._doubles.items()}
-        columns |= {name: np.array(column, dtype=np.int32) for name, column in self._longs.items()}
-        columns |= {name: np.array(column, dtype=np.int16) for name, column in self._shorts.items()}
-        return Ledgers(
-            **columns,
-            outcome=np.array(self._outcome, dtype=np.int8),
-            tier=np.array(self._tier, dtype=np.int8),
-        )
+        """All of them that have ended."""
+        doubles = np.array(self._doubles, dtype=np.float64).reshape(-1, len(DOUBLES))
+        longs = np.array(self._longs, dtype=np.int32).reshape(-1, 3 + len(LONGS) + len(SHORTS))
+        order = np.argsort(longs[:, 0])
+        columns: dict[str, Any] = {name: doubles[order, at] for at, name in enumerate(DOUBLES)}
+        columns |= {name: longs[order, at] for at, name in enumerate(LONGS, start=1)}
+        columns |= {name: longs[order, at].astype(np.int16) for at, name in enumerate(SHORTS, start=1 + len(LONGS))}
+        return Ledgers(**columns, outcome=longs[order, -2].astype(np.int8), tier=longs[order, -1].astype(np.int8))
 
 
 def tier_index(tier: str) -> int:

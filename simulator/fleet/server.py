@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 POLL_S: Final = 30.0
 REMOVE_S: Final = 0.01
 TOUCH_S: Final = 0.02  # the record of a store that changes all the time is written no more often than this
-Arrived = Callable[["Failure | None", str, float], None]
+Arrived = Callable[["Failure | None", str], None]
 
 
 class Server:
@@ -143,7 +143,7 @@ class Store:
         if any(one[1] == tag for one in self._flows.values()):
             self._watchers.setdefault(tag, []).append(arrived)
         else:  # they have, while the lease was on its way
-            arrived(None, "", self.world.kernel.now)
+            arrived(None, "")
 
     def last_tier(self, lease: Lease) -> str:
         """Where a checkpoint that is whole by now came from."""
@@ -265,7 +265,7 @@ class Store:
     def _arrived(self, job: str, failure: Failure | None) -> Flow:
         flow, tag, tier = self._flows.pop(job)
         for arrived in self._watchers.pop(tag, ()):
-            arrived(failure, tier, flow.began_at)
+            arrived(failure, tier)
         return flow
 
     def _read(self, action: e.ReadImage) -> None:
@@ -281,7 +281,12 @@ class Store:
             event = e.ImportFailed(action.source, failure)
         else:
             event = e.ImportPlanned(
-                action.source, stored.revision, stored.image_bytes, stored.stored_bytes, checkpoint_id=stored.id
+                action.source,
+                stored.revision,
+                stored.image_bytes,
+                stored.stored_bytes,
+                checkpoint_id=stored.id,
+                from_peers=self.world.peer_of(self.server, stored.id) is not None,
             )
         self._later(self.world.hardware.remote_latency_s, event)
 

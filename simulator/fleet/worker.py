@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from shared.contracts.migration import Migrate
-from shared.contracts.placement import LoadReplica, ReplicaFailed, StopReplica
+from shared.contracts.placement import LoadReplica, ReplicaFailed, ReplicaLoaded, StopReplica
 from shared.contracts.records import Phase, ReplicaState, WorkerRecord
 from shared.contracts.residency import Lease
 from shared.errors import Code, Failure
@@ -135,6 +135,7 @@ class Worker:
         if refusal is not None:
             told(refusal)
             return
+        times.asked_at = self.world.kernel.now
         replica = Replica(self, message, times, share)
         self.replicas[replica.id] = replica
         for one in peers:
@@ -239,13 +240,15 @@ class Worker:
     def _leased(self, replica: Replica, lease: Lease) -> None:
         replica.lease_id = lease.lease_id
         now, times, life = self.world.kernel.now, replica.times, self.life
+        times.tier = "dram" if lease.tier == "dram" else ""
+        times.began_at = max(times.asked_at, now - lease.moved_s)
+        times.moved_bytes = lease.moved_bytes
         if lease.arrival is None:
-            times.tier = times.tier or ("dram" if lease.tier == "dram" else self.server.store.last_tier(lease))
-            times.began_at = min(times.began_at, now) if times.began_at == times.began_at else now
+            times.tier = times.tier or self.server.store.last_tier(lease)
             self._copy(replica, now, now)
             return
 
-        def arrived(failure: Failure | None, tier: str, began_at: float) -> None:
+        def arrived(failure: Failure | None, tier: str) -> None:
             if life != self.life or replica.removed or replica.state is not ReplicaState.LOADING:
                 return
             if failure is not None:
@@ -253,8 +256,7 @@ class Worker:
                 self._broke(replica, failure)
                 return
             times.tier = tier or self.server.store.last_tier(lease)
-            times.began_at = max(began_at, times.commanded_at)
-            times.moved_bytes = lease.dram_bytes
+            times.began_at = min(times.began_at, self.world.kernel.now)
             self._copy(replica, now, self.world.kernel.now)
 
         self.server.store.watch(lease.arrival.tag, arrived)
@@ -262,7 +264,7 @@ class Worker:
     def _copy(self, replica: Replica, leased_at: float, arrived_at: float) -> None:
         """The weights' way into the device, as far as it was not on the way already; then attaching."""
         world, shape = self.world, self.shape
-        replica.times.arrived_at = arrived_at
+        replica.times.landed_at = replica.times.arrived_at = arrived_at
         copied_at = arrived_at
         if shape.device != "cpu":
             weights = replica.message.checkpoint.weight_bytes if replica.message.checkpoint is not None else 0
@@ -286,7 +288,31 @@ class Worker:
             replica.lease_id = ""
         replica.ready(self.world.kernel.now)
         self.changed()
-        self.world.loaded(replica)
+        self.world.loaded(replica, self._told(replica))
+
+    def _told(self, replica: Replica) -> ReplicaLoaded:
+        """What the load took, as a worker tells the scheduler."""
+        times, message = replica.times, replica.message
+        moved = times.tier != "dram"
+        wait_s = times.began_at - times.asked_at if moved else 0.0
+        move_s = times.landed_at - times.began_at if moved else 0.0
+        total_s = times.ready_at - times.asked_at
+        return ReplicaLoaded(
+            replica_id=replica.id,
+            deployment=message.deployment,
+            worker_id=self.id,
+            server_id=self.server.id,
+            checkpoint_id=message.checkpoint_id,
+            tier=times.tier,
+            weight_bytes=message.checkpoint.weight_bytes if message.checkpoint is not None else 0,
+            total_s=total_s,
+            wait_s=wait_s,
+            move_s=move_s,
+            moved_bytes=times.moved_bytes if moved else 0,
+            attach_s=max(0.0, total_s - wait_s - move_s),
+            work_s=replica.model.attach_s,
+            device=self.shape.device,
+        )
 
     def _broke(self, replica: Replica, failure: Failure) -> None:
         """A load has failed; the scheduler hears why when the record is gone."""

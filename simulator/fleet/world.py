@@ -6,7 +6,6 @@ Nothing is decided here about placements, tiers or migrations: that is the produ
 from __future__ import annotations
 
 import collections
-import math
 from array import array
 from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
@@ -16,7 +15,7 @@ import msgspec
 from services.scheduler import events as scheduler
 from services.store.events import StoredCheckpoint
 from shared.contracts.migration import MigrationEnded, MigrationOutcome
-from shared.contracts.placement import LoadReplica, ReplicaFailed
+from shared.contracts.placement import LoadReplica, ReplicaFailed, ReplicaLoaded
 from shared.contracts.records import DeploymentRecord, ServerRecord
 from shared.contracts.residency import Source
 from simulator.fleet.bus import Bus
@@ -71,7 +70,7 @@ class World:
         self.counters: Final = Counters()
         self.columns: Final = Columns({one.name: number for number, one in enumerate(deployments)})
         self.numbers: Final = {one.name: number for number, one in enumerate(deployments)}
-        self.queues: Final = {one.name: Queue(one.name) for one in deployments}
+        self.queues: Final = {one.name: Queue(one.name, self.kernel, self._demand) for one in deployments}
         self.slugs: Final[dict[str, str]] = {}
         self.servers: Final[dict[str, Server]] = {}
         self.workers: Final[dict[str, Worker]] = {}
@@ -84,6 +83,7 @@ class World:
         self.open_count = 0
         self.accesses: Final = (array("d"), array("i"), array("i"), array("b"))
         self.loads: Final[list[Load]] = []
+        self.measured: Final[list[tuple[float, float]]] = []  # startups as estimated, and as they were
         self.cache: str = "dram"  # what stays on a server after a load: "dram", "ssd" or "" (baselines)
         self.replica_failures = 0.0
         self._migrations = 0
@@ -96,8 +96,7 @@ class World:
     def arrive(self, deployment: str, prompt_tokens: int, output_tokens: int) -> None:
         """A request comes to a gateway."""
         now = self.kernel.now
-        request = Request(len(self.columns), deployment, prompt_tokens, max(1, output_tokens), now)
-        self.columns.open(request)
+        request = Request(self.columns.open(), deployment, prompt_tokens, max(1, output_tokens), now)
         self.counters.requests += 1
         self.open_count += 1
         queue = self.queues[deployment]
@@ -109,12 +108,11 @@ class World:
         if not self._limit_armed:
             self._arm_limit()
         queue.push(request)
-        self.hint(deployment)
 
-    def hint(self, deployment: str) -> None:
+    def _demand(self, deployment: str, waiting: int, oldest_s: float) -> None:
         """A gateway tells the scheduler of demand."""
         leader = self.leader
-        if leader is not None and not self.bus.tell(lambda: leader.demand(deployment)):
+        if leader is not None and not self.bus.tell(lambda: leader.demand(deployment, waiting, oldest_s)):
             self.counters.hints_lost += 1
 
     def ended_well(self, request: Request) -> None:
@@ -128,8 +126,11 @@ class World:
     def _over(self, request: Request, outcome: Outcome) -> None:
         if request.migration is not None:
             request.migration.request_over()
-        self.queues[request.deployment].outstanding -= 1
+        queue = self.queues[request.deployment]
+        queue.outstanding -= 1
         self._close(request, outcome)
+        if request.waiting:
+            queue.gone()
         if request.replica is not None:
             request.replica.release(request, self.kernel.now)
 
@@ -161,7 +162,6 @@ class World:
     def _requeue(self, request: Request) -> None:
         if not request.ended:
             self.queues[request.deployment].put_back(request)
-            self.hint(request.deployment)
 
     def _arm_limit(self) -> None:
         while self.open and self.open[0].ended:
@@ -238,8 +238,11 @@ class World:
         deployments.append(self.numbers[message.deployment])
         hits.append(server.store.in_dram(message.checkpoint_id))
 
-    def loaded(self, replica: Replica) -> None:
-        """A replica is ready."""
+    def loaded(self, replica: Replica, told: ReplicaLoaded) -> None:
+        """A replica is ready, and its worker says what that took."""
+        leader = self.leader
+        if leader is not None:
+            self.bus.tell(lambda: leader.replica_loaded(told))
         times, counters = replica.times, self.counters
         counters.loads[times.tier] = counters.loads.get(times.tier, 0) + 1
         server = replica.worker.server
@@ -294,8 +297,3 @@ class World:
             self._checks += 1
             if self._checks % every == 0:
                 core.check()
-
-
-def unstarted(request: Request) -> bool:
-    """Whether its first prefill has not begun."""
-    return math.isnan(request.startup_s)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.fleet.model import Hardware, ModelSpec
-from simulator.fleet.report import Report
+from simulator.fleet.report import Accesses, Load, Report
 from simulator.report.intervals import Estimate, estimate
 from simulator.report.optimum import belady_hits, most_hits
 
@@ -106,27 +106,57 @@ def _spread(name: str, values: Curve) -> dict[str, float]:
 
 
 def _dram(report: Report, hardware: Hardware, specs: Sequence[ModelSpec]) -> dict[str, float]:
-    """The hit rate of DRAM, and that of the offline optimum on the same accesses of each server, from both sides."""
+    """The hit rate of DRAM, and that of the offline optimum on the same accesses of each server, from both sides.
+
+    Whoever asks for bytes that are on their way for somebody else waits for them as that one does: that is one access,
+    not two, and no cache could have made a hit of it without making one of the first.
+    """
     accesses = report.accesses
-    total = len(accesses.hit)
     sizes = {index: spec.model.weight_bytes for index, spec in enumerate(specs)}
     # Deployments of the same checkpoint are one object.
     first: dict[str, int] = {}
-    item = np.array([first.setdefault(spec.checkpoint_id or spec.name, index) for index, spec in enumerate(specs)])
+    items = [first.setdefault(spec.checkpoint_id or spec.name, index) for index, spec in enumerate(specs)]
+    joined = joins(accesses, report.loads, items)
+    total, hits = int((~joined).sum()), int(accesses.hit[~joined].sum())
     belady = most = 0
     for server, shape in enumerate(hardware.servers):
-        sequence = item[accesses.deployment[accesses.server == server]].tolist()
+        chosen = accesses.deployment[(accesses.server == server) & ~joined].tolist()
+        sequence = [items[deployment] for deployment in chosen]
         if sequence:
             belady += belady_hits(sequence, sizes, shape.dram_bytes)
             most += most_hits(sequence, sizes, shape.dram_bytes)
-    hits = int(accesses.hit.sum())
     return {
+        "dram_accesses": total,
+        "dram_joined": int(joined.sum()),
         "dram_hit_rate": hits / total if total else math.nan,
         "dram_belady_rate": belady / total if total else math.nan,
         "dram_most_rate": most / total if total else math.nan,
         "dram_of_belady": hits / belady if belady else math.nan,
         "dram_of_most": hits / most if most else math.nan,
     }
+
+
+def joins(accesses: Accesses, done: Sequence[Load], items: Sequence[int]) -> NDArray[np.bool_]:
+    """Which accesses met their bytes on the way: misses while an earlier load of that object goes on at that server."""
+    loads: dict[tuple[int, int], list[tuple[float, float]]] = {}
+    for load in done:
+        span = (load.at_s, load.at_s + load.total_s)
+        loads.setdefault((load.server, items[load.deployment]), []).append(span)
+    for spans in loads.values():
+        spans.sort()
+    until: dict[tuple[int, int], float] = {}
+    found = np.zeros(len(accesses.hit), dtype=np.bool_)
+    columns = (accesses.at_s.tolist(), accesses.server.tolist(), accesses.deployment.tolist(), accesses.hit.tolist())
+    for index, (at_s, server, deployment, hit) in enumerate(zip(*columns, strict=True)):
+        key = (server, items[deployment])
+        if hit:
+            continue
+        if at_s < until.get(key, 0.0):
+            found[index] = True
+            continue
+        ends = [end for begin, end in loads.get(key, ()) if begin <= at_s < end]
+        until[key] = min(ends, default=0.0)
+    return found
 
 
 def _mean(values: Curve) -> float:

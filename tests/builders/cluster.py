@@ -41,6 +41,7 @@ class Cluster:
         servers: int = 1,
         workers: int = 1,
         gateways: int = 1,
+        schedulers: int = 1,
         dram_bytes: int = 256 * MIB,
         env: dict[str, str] | None = None,
         network: Network | None = None,
@@ -71,7 +72,8 @@ class Cluster:
             | (env or {})
         )
         self.services: dict[str, tuple[str, dict[str, str]]] = {
-            "scheduler": ("scheduler", {"HEARTH_SCHEDULER_ID": "scheduler"})
+            id: ("scheduler", {"HEARTH_SCHEDULER_ID": id})
+            for id in ("scheduler", *(f"scheduler-{number}" for number in range(2, schedulers + 1)))
         }
         for server in range(1, servers + 1):
             store = home / f"server-{server}"
@@ -173,7 +175,8 @@ class Cluster:
         return (
             len(ready) == wanted.count("worker")
             and len(stores) == wanted.count("store")
-            and len(schedulers) == 1
+            and len(schedulers) == wanted.count("scheduler")
+            and sum(bool(one.get("term")) for one in schedulers) == 1
             and len(gateways) == wanted.count("gateway")
         )
 

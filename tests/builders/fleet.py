@@ -32,6 +32,7 @@ class Fleet(Cluster):
         servers: int = 2,
         workers: int = 2,
         gateways: int = 1,
+        schedulers: int = 1,
         dram_bytes: int = 64 * MIB,
         env: dict[str, str] | None = None,
     ) -> None:
@@ -47,6 +48,7 @@ class Fleet(Cluster):
                 servers=servers,
                 workers=workers,
                 gateways=gateways,
+                schedulers=schedulers,
                 dram_bytes=dram_bytes,
                 env={
                     "HEARTH_ACK_WAIT_S": "5",

@@ -8,7 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from simulator.report.figures import quantile
+from simulator.fleet.report import Accesses, Load
+from simulator.report.figures import joins, quantile
 from simulator.report.intervals import estimate, ratio
 from simulator.report.optimum import belady_hits, most_hits, next_uses
 from simulator.report.tables import markdown, put
@@ -92,3 +93,15 @@ def test_a_table_is_put_between_its_marks() -> None:
     )
     with pytest.raises(ValueError, match="needs the lines"):
         put(document, "y", "")
+
+
+def test_who_waits_for_the_bytes_of_another_load_is_no_access_of_its_own() -> None:
+    # The first load takes 10 s; the second joins it, that of the other server does not, and later it is there.
+    asked = [(1.0, 0, 0, False), (4.0, 0, 0, False), (5.0, 1, 0, False), (12.0, 0, 0, True), (50.0, 0, 0, False)]
+    at_s, server, deployment, hit = (np.array(column) for column in zip(*asked, strict=True))
+    loads = [(0.9, 0, 10.0), (3.9, 0, 7.0), (4.9, 1, 10.0), (11.9, 0, 1.0), (49.9, 0, 10.0)]
+    done = [Load(at, one, 0, "ssd", took) for at, one, took in loads]
+
+    found = joins(Accesses(at_s, server, deployment, hit), done, [0])
+
+    assert found.tolist() == [False, True, False, False, False]

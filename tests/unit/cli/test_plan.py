@@ -35,6 +35,15 @@ def test_one_of_everything(tmp_path: Path) -> None:
     assert {child.kind for child in children.values()} == {kind for kinds in STOP_ORDER for kind in kinds}
 
 
+def test_schedulers_beyond_the_first_stand_by_under_names_of_their_own(tmp_path: Path) -> None:
+    wish = Wish(data_dir=tmp_path, port=free_port(), dram_bytes=2**20, schedulers=3)
+    plan = make(wish, PROGRAMS, {})
+    found = {
+        child.name: child.environment["HEARTH_SCHEDULER_ID"] for child in plan.services if child.kind == "scheduler"
+    }
+    assert found == {"scheduler": "scheduler-1", "scheduler-2": "scheduler-2", "scheduler-3": "scheduler-3"}
+
+
 def test_servers_have_directories_and_ids_of_their_own(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, servers=2, workers_per_server=2)
     children = by_name(plan)

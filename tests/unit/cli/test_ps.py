@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import msgspec
+import pytest
 from rich.console import Console
 
 from services.cli.ps import residency, tables
@@ -17,6 +18,7 @@ from shared.contracts.records import (
     Phase,
     ReplicaRecord,
     ReplicaState,
+    SchedulerRecord,
     ServerRecord,
     WorkerRecord,
 )
@@ -170,3 +172,19 @@ def test_a_deployment_that_cannot_be_loaded_says_why() -> None:
     text = shown(ClusterView(deployments=(msgspec.structs.replace(deployment("m"), failure=failure),)))
     assert "failing" in text
     assert "m: There is no room for its KV cache." in text
+
+
+def scheduler(number: int, term: int = 0) -> SchedulerRecord:
+    return SchedulerRecord(scheduler_id=f"scheduler-{number}", phase=Phase.READY, pid=number, term=term)
+
+
+def test_who_leads_comes_first_with_its_term() -> None:
+    lines = shown(ClusterView(schedulers=(scheduler(1), scheduler(2, term=7)))).splitlines()
+    rows = [line.split() for line in lines if line.startswith("scheduler-")]
+    assert rows == [["scheduler-2", "ready", "2", "leads", "7"], ["scheduler-1", "ready", "1", "stands", "by", "–"]]
+    assert "no scheduler leads" not in "".join(lines)
+
+
+@pytest.mark.parametrize("schedulers", [(), (scheduler(1),)])
+def test_that_nobody_leads_is_said(schedulers: tuple[SchedulerRecord, ...]) -> None:
+    assert "no scheduler leads" in shown(ClusterView(schedulers=schedulers))

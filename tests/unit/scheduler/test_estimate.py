@@ -145,16 +145,31 @@ def test_tiny_loads_do_not_spoil_it() -> None:
     for _ in range(5):
         estimator.loaded(moved(GIB, 2e9), 0.0)
     for _ in range(3):
-        estimator.loaded(moved(100_000, 1e6), 0.0)
-    assert estimator.bandwidth("s1", "ssd") == pytest.approx(2e9, rel=0.05)
+        estimator.loaded(moved(100_000, 2e6), 0.0)  # 50 ms of latency
+    assert estimator.bandwidth("s1", "ssd") == pytest.approx(2e9, rel=0.15)
+    assert estimator.latency_s("s1", "ssd") == pytest.approx(0.05, rel=0.3)
+    assert large_load_s(estimator) == pytest.approx(GIB / 2e9, rel=0.05)
 
 
-def test_a_tiny_first_load_says_little() -> None:
+def large_load_s(estimator: Estimator, server_id: str = "s1") -> float:
+    return estimator.startup(server_id, "cpu", "c1", GIB, GIB, "ssd", 0.0).move_s
+
+
+def test_a_tiny_first_load_says_nothing_of_the_bandwidth() -> None:
     estimator = Estimator(Priors())
     estimator.loaded(moved(100_000, 1e7), 0.0)
-    assert estimator.bandwidth("s1", "ssd") == pytest.approx(1e9, rel=0.4)
+    assert estimator.bandwidth("s1", "ssd") == pytest.approx(1e9, rel=0.1)
     estimator.loaded(moved(GIB, 3e9, server_id="s2"), 0.0)
-    assert estimator.bandwidth("s2", "ssd") == pytest.approx(3e9, rel=0.1), "one large load says nearly everything"
+    assert large_load_s(estimator, "s2") == pytest.approx(GIB / 3e9, rel=0.2), "one large load says a lot"
+
+
+def test_what_goes_before_the_first_byte_is_told_from_the_bandwidth() -> None:
+    estimator = Estimator(Priors())
+    for number in range(12):
+        size = (50 * MIB, GIB)[number % 2]
+        estimator.loaded(load("peer", move_s=0.5 + size / 1e9, moved_bytes=size), 0.0)
+    assert estimator.bandwidth("s1", "peer") == pytest.approx(1e9, rel=0.1)
+    assert estimator.latency_s("s1", "peer") == pytest.approx(0.5, rel=0.1)
 
 
 def test_a_server_that_was_never_measured_is_believed_to_be_like_the_others() -> None:
@@ -212,11 +227,11 @@ def test_commanded_loads_count_until_the_record_shows_them_and_then_once() -> No
     estimator.server_said(server(ssd_bytes_per_s=1e9), 0.0)
     estimator.promised("s1", "r1", 10**9, "ssd", 0.0)
     estimator.promised("s1", "r2", 2 * 10**9, "ssd", 0.0, "c2")
-    assert estimator.wait_s("s1", "ssd", 0.0) == pytest.approx(3.0)
+    assert estimator.wait_s("s1", "ssd", 0.0) == pytest.approx(3.0, rel=0.01)
     # The first one's record tells which checkpoint it is; the store's shows that one.
     estimator.replica_said(replica("r1", state=ReplicaState.LOADING, load=Progress(phase="queued")), 0.1)
     estimator.server_said(server(ssd_bytes_per_s=1e9, ssd_queue={"c1": 10**9}, dram_arriving={"c1": 0}), 0.1)
-    assert estimator.wait_s("s1", "ssd", 0.1) == pytest.approx(3.0)
+    assert estimator.wait_s("s1", "ssd", 0.1) == pytest.approx(3.0, rel=0.01)
     estimator.server_said(server(ssd_bytes_per_s=1e9, ssd_queue={"c1": 5 * 10**8, "c2": 2 * 10**9}), 0.6)
     assert estimator.wait_s("s1", "ssd", 0.6) == pytest.approx(2.5)
     # The first is in DRAM: its bytes are not taken for some that have yet to come.
@@ -264,7 +279,7 @@ def test_two_loads_of_one_checkpoint_move_it_once() -> None:
     estimator.server_said(server(ssd_bytes_per_s=1e9), 0.0)
     for id in ("r1", "r2"):
         estimator.promised("s1", id, 10**9, "ssd", 0.0, "c1")
-    assert estimator.wait_s("s1", "ssd", 0.0) == pytest.approx(1.0)
+    assert estimator.wait_s("s1", "ssd", 0.0) == pytest.approx(1.0, rel=0.02)
     assert estimator.wait_s("s1", "ssd", 0.0, key="c1") == 0.0
 
 
@@ -299,7 +314,8 @@ def test_a_start_is_the_sum_of_its_parts() -> None:
     estimator.server_said(server(ssd_bytes_per_s=1e9, ssd_queue={"other": 10**9}), 0.0)
     estimator.loaded(load("dram", attach_s=0.5), 0.0)
     start = estimator.startup("s1", "cpu", "c1", 4 * 10**9, 4 * 10**9, "ssd", 0.0, room_s=2.0)
-    assert (start.wait_s, start.move_s, start.room_s) == (pytest.approx(1.0), pytest.approx(4.0), 2.0)
+    assert (start.wait_s, start.room_s) == (pytest.approx(1.0), 2.0)
+    assert start.move_s == pytest.approx(4.0, rel=0.01)
     assert 0.0 < start.attach_s < 0.5
     assert start.total_s == pytest.approx(start.wait_s + start.move_s + start.attach_s + start.room_s)
     assert estimator.startup("s1", "cpu", "c1", 4 * 10**9, 0, "dram", 0.0) == Startup(attach_s=0.5)
@@ -481,17 +497,7 @@ def test_whatever_is_said_no_estimate_is_negative_and_more_bytes_take_no_less(
         assert estimator.attach_s(device, "unknown", less) <= estimator.attach_s(device, "unknown", more)
         assert estimator.attach_rest_s(device, key, more) >= 0.0
     assert estimator.bandwidth("s1", tier) > 0.0
+    assert estimator.latency_s("s1", tier) >= 0.0
     assert estimator.remaining_s(record) >= 0.0
     assert estimator.resume_s(record) >= 0.0
     assert estimator.mean_output_tokens("demo") >= 0.0
-
-
-@settings(deadline=None, max_examples=60)
-@given(said=st.lists(st.tuples(st.integers(min_value=1, max_value=10**12), st.floats(min_value=1e-3, max_value=1e3))))
-def test_a_bandwidth_is_never_beyond_what_was_measured_or_believed(said: list[tuple[int, float]]) -> None:
-    estimator = Estimator(Priors())
-    rates = [1e9]
-    for size_bytes, seconds in said:
-        rates.append(size_bytes / seconds)
-        estimator.loaded(load("ssd", move_s=seconds, moved_bytes=size_bytes), 0.0)
-    assert min(rates) * (1 - 1e-9) <= estimator.bandwidth("s1", "ssd") <= max(rates) * (1 + 1e-9)
