@@ -64,8 +64,8 @@ from services.scheduler.events import (
     StopAccepted,
     StopRefused,
 )
-from services.scheduler.fairness import Fairness
-from services.scheduler.figures import Figures, Tally
+from services.scheduler.fairness import Bound, Fairness
+from services.scheduler.figures import Figures, Tally, parks
 from services.scheduler.health import Health
 from services.scheduler.looks import FOLLOWED, Looks
 from services.scheduler.moves import Moves
@@ -121,7 +121,7 @@ class Core:
         self.counts = self.placing.counts
         self.decisions = self.placing.decisions
         self.tally = Tally()
-        self._bound_held = True
+        self._bound: Bound | None = None
         self._startups: dict[str, float] = {}
         self._oriented = False
         self._wanting_since: dict[str, float] = {}
@@ -180,8 +180,10 @@ class Core:
             loads=self.counts.decisions,
             evictions=self.counts.evictions,
             finished_requests=self.tally.finished_requests,
+            parks=parks(self.fairness.counts),
             moves=dict(self.tally.moves),
             prefetches=dict(self.tally.prefetches),
+            bound=self._bound,
         )
 
     # -- events --------------------------------------------------------------------------------------------------
@@ -442,9 +444,9 @@ class Core:
     def _count_places(self, now: float, out: list[Action]) -> None:
         """How many can be served at once; and whether the bound on waiting can be held with that."""
         self.fairness.set_places(len(self.cluster.ready_workers()))
-        bound = self.fairness.bound(now)
-        if bound.held != self._bound_held:
-            self._bound_held = bound.held
+        known, bound = self._bound, self.fairness.bound(now)
+        self._bound = bound
+        if bound.held != (known is None or known.held):
             facts: dict[str, Fact] = {
                 "start_within_s": bound.start_within_s,
                 "least_s": round(bound.least_s, 3),

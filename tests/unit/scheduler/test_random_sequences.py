@@ -18,8 +18,8 @@ from services.scheduler.events import (
     StopRefused,
 )
 from services.scheduler.rules import Rules
-from shared.contracts.records import DeploymentState, ReplicaRecord, ReplicaState
 from shared.contracts.placement import Explain
+from shared.contracts.records import DeploymentState, ReplicaRecord, ReplicaState
 from shared.errors import Code, Failure
 from tests.unit.scheduler import picture
 from tests.unit.scheduler.desk import Desk
