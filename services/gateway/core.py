@@ -23,7 +23,6 @@ from __future__ import annotations
 import enum
 import heapq
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Final, assert_never
 
 import msgspec
@@ -84,6 +83,7 @@ from services.gateway.outcomes import (
 )
 from services.gateway.ownership import GONE, REPLACED, Call, Grant, Live, State, grant, judge, replace_message
 from services.gateway.reminders import Reminders
+from services.gateway.rules import Config
 from services.gateway.suspects import Suspects
 from services.gateway.waiting import Waiting
 from services.gateway.watch import Owner, Watch
@@ -100,41 +100,6 @@ __all__ = [
     "Publish", "PublishFailed", "Published", "Reconnected", "Resumed", "Settle", "State", "TellTrial", "TrialHeard",
     "Unqueue",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Config:
-    """Seconds and counts.
-
-    `max_deliveries`: owners that a request may lose in a row within `proof_s` of their claim; `max_recoveries`: how
-    often one request is resumed in its life, for whatever reason; `max_republished`: how often in a row, without a
-    token, its end may be lost. `check_s`, `lost_after_s`, `quiet_s`: see `watch`. `settle_s`: how long after the bus
-    came back others may still be on their way, and after a claim its answer. `reclaim_s`: how long an interrupted
-    request waits for its next claim until its message is looked for, at first; `reclaim_most_s` at most; `queued_s` and
-    `queued_most_s` the same for one that is in the queue, where waiting is the normal thing.
-    `patience_s`: how long a stream that has begun and lost its owner outlives a passing failure of its deployment.
-    `demand_s`: how often the scheduler is told of requests that run nowhere; `demand_over_s`: how soon that none does.
-    """
-
-    max_deliveries: int = 5
-    max_recoveries: int = 100
-    max_republished: int = 3
-    proof_s: float = 10.0
-    check_s: float = 0.5
-    lost_after_s: float = 3.0
-    quiet_s: float = 60.0
-    settle_s: float = 2.0
-    reclaim_s: float = 2.0
-    reclaim_most_s: float = 10.0
-    queued_s: float = 5.0
-    queued_most_s: float = 60.0
-    patience_s: float = 60.0
-    remind_s: float = 0.5
-    inform_s: float = 0.2
-    progress_fresh_s: float = 2.0
-    hint_s: float = 0.01
-    demand_s: float = 1.0
-    demand_over_s: float = 0.05
 
 
 class _Timer(enum.Enum):
@@ -310,7 +275,7 @@ class GatewayCore:
             live = Live(call=call, choice=choice, request=request)
             call.open[request.request_id] = live
             self._live[request.request_id] = live
-            self._runs_nowhere(live, now)
+            self._arm(self._demands.add(live, now), _Timer.DEMAND, live.call.slug)
             out.append(Publish(call.slug, request, 0))
         self._admitted += count
         self._open_by_slug[call.slug] = open_now + count
@@ -359,22 +324,15 @@ class GatewayCore:
             self._hint_owed[call.slug] = call.deployment
             self._arm(last + self._config.hint_s, _Timer.HINT, call.slug)
 
-    def _runs_nowhere(self, live: Live, now: float) -> None:
-        self._arm_demand(self._demands.add(live, now), live.call.slug)
-
     def _runs(self, live: Live, now: float) -> None:
         """Or it is over."""
-        self._arm_demand(self._demands.remove(live, now), live.call.slug)
-
-    def _arm_demand(self, at: float | None, slug: str) -> None:
-        if at is not None:
-            self._arm(at, _Timer.DEMAND, slug)
+        self._arm(self._demands.remove(live, now), _Timer.DEMAND, live.call.slug)
 
     def _tell_demand(self, slug: str, now: float, out: list[Action]) -> None:
         hint = self._demands.tell(slug, now)
         if hint is not None:
             out.append(hint)
-            self._arm_demand(self._demands.due_at(slug), slug)
+            self._arm(self._demands.due_at(slug), _Timer.DEMAND, slug)
 
     # -- owners -------------------------------------------------------------------------------------------------------
 
@@ -431,7 +389,7 @@ class GatewayCore:
         if live.state is State.STREAMING:
             self._watch.remove(live)
             live.state = State.INTERRUPTED
-            self._runs_nowhere(live, now)
+            self._arm(self._demands.add(live, now), _Timer.DEMAND, live.call.slug)
 
     def _holds(self, holds: Holds, now: float, out: list[Action]) -> Unwanted:
         self._watch.alive(holds.worker_id)
@@ -733,7 +691,9 @@ class GatewayCore:
 
     # -- time ---------------------------------------------------------------------------------------------------------
 
-    def _arm(self, at: float, kind: _Timer, key: str) -> None:
+    def _arm(self, at: float | None, kind: _Timer, key: str) -> None:
+        if at is None:
+            return
         self._timer_count += 1
         heapq.heappush(self._timers, (at, self._timer_count, kind, key))
         if len(self._timers) > 64 + 6 * len(self._live):  # most are of ended requests: drop those

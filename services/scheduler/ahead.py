@@ -43,13 +43,15 @@ V = TypeVar("V")
 class AheadRules:
     """`bytes_per_s`: what a server may move ahead of demand, averaged over copies (0: nothing). `margin`: by how much a
     copy must be worth more than what goes for it. `least_s`: expected seconds saved, below which nothing is moved.
-    `deployments`, `holders`, `places`: looked at per look, per deployment. `most`: copies under way in all. `settle_s`:
-    until a server's record shows what was brought. `lost_s`: a copy of which nothing is heard is over."""
+    `deployments` and `servers`: looked at per look; `holders` and `places`: per deployment. `most`: copies under way in
+    all. `settle_s`: until a server's record shows what was brought. `lost_s`: a copy of which nothing is heard is over.
+    """
 
     bytes_per_s: float = 100e6
     margin: float = 0.5
     least_s: float = 0.01
     deployments: int = 8
+    servers: int = 64
     holders: int = 4
     places: int = 2
     most: int = 16
@@ -64,7 +66,7 @@ class Prospect:
     """A checkpoint that may be asked for. `probability`: that it is, within the horizon, and has to be loaded then.
 
     `burstiness` is the coefficient of variation of the times between its requests; `several`: it may have more than one
-    replica. `server_ids` are those that could run it (None: all).
+    replica.
     """
 
     deployment: str
@@ -74,7 +76,6 @@ class Prospect:
     burstiness: float = 1.0
     several: bool = False
     source: Source | None = None
-    server_ids: frozenset[str] | None = None
 
 
 class AheadView(Protocol):
@@ -102,6 +103,9 @@ class AheadView(Protocol):
 
     def ssd_holders(self, key: str) -> Sequence[str]:
         """Servers that have the whole checkpoint on SSD."""
+
+    def able(self, deployment: str, server_id: str) -> bool:
+        """Whether a worker of this server could run this deployment if it were empty."""
 
     def load_s(self, server_id: str, tier: str, key: str, weight_bytes: int) -> float:
         """A load on this server from that tier, with nobody before it."""
@@ -152,12 +156,16 @@ class _UnderWay:
 
 @dataclass(slots=True)
 class _Look:
-    """One look: the view, what was reckoned in it already, and the rank of every place, best first."""
+    """One look: the view, what was reckoned in it already, and places for what is nowhere near, best first."""
 
     view: AheadView
     now: float
     residents: dict[str, list[tuple[float, str, int]]] = field(default_factory=dict)
-    places: dict[str, int] = field(default_factory=dict)
+    places: list[str] = field(default_factory=list)
+
+    def rank(self, id: str) -> tuple[float, int, str]:
+        """Less is better: free devices, free DRAM."""
+        return (self.view.busy(id), -_free_bytes(self.view.servers[id]), id)
 
 
 class Ahead:
@@ -170,7 +178,7 @@ class Ahead:
         self._not_before: dict[str, float] = {}  # server → when its budget allows the next
         self._settling: dict[tuple[str, str], float] = {}  # server, key → until when nothing is brought there
         self._refusals: dict[tuple[str, str], tuple[int, float]] = {}  # how often in a row, until when
-        self._next = 0
+        self._looks = 0
 
     @property
     def under_way(self) -> list[tuple[str, str, str]]:
@@ -206,12 +214,17 @@ class Ahead:
         """What to begin now, the most worthwhile first, at most one per server. It counts as begun."""
         self._expire(now)
         names = view.deployments()
-        if view.waiting or self.rules.bytes_per_s <= 0.0 or not names or len(self._under_way) >= self.rules.most:
+        if (
+            view.waiting
+            or self.rules.bytes_per_s <= 0.0
+            or not names
+            or not view.servers
+            or len(self._under_way) >= self.rules.most
+        ):
             return []
+        self._looks += 1
         look = _Look(view, now)
         look.places = self._places(look)
-        if not look.places:
-            return []
         found: list[tuple[float, Prefetching]] = []
         for name in self._turn(names):
             prospect = view.prospect(name)
@@ -222,30 +235,35 @@ class Ahead:
 
     # -- what could be done --------------------------------------------------------------------------------------
 
-    def _places(self, look: _Look) -> dict[str, int]:
-        """Servers that may begin something with their rank: those with free devices, then with free DRAM, first."""
-        view, now = look.view, look.now
-        able = [
-            id
-            for id, record in view.servers.items()
-            if record.phase is Phase.READY
+    def _places(self, look: _Look) -> list[str]:
+        """Servers of this look that may begin something: those with free devices, then with free DRAM, first."""
+        ids = list(look.view.servers)
+        able = [id for id in self._slice(ids, self.rules.servers) if self._may_begin(look, id)]
+        return sorted(able, key=look.rank)
+
+    def _may_begin(self, look: _Look, id: str) -> bool:
+        record = look.view.servers.get(id)
+        return (
+            record is not None
+            and record.phase is Phase.READY
             and id not in self._under_way
-            and self._not_before.get(id, now) <= now
+            and self._not_before.get(id, look.now) <= look.now
             and record.loads == 0
             and record.load_queue_bytes == 0
-            and not view.loading(id)
-        ]
-        able.sort(key=lambda id: (view.busy(id), -_free_bytes(view.servers[id]), id))
-        return {id: rank for rank, id in enumerate(able)}
+            and not look.view.loading(id)
+        )
 
     def _turn(self, names: Sequence[str]) -> list[str]:
         """The deployments that are looked at now: the first ones always, the others in turn."""
         first = names[: self.rules.deployments // 2]
-        rest = names[len(first) :]
-        count = min(len(rest), self.rules.deployments - len(first))
-        begin = self._next % max(1, len(rest))
-        self._next = begin + count
-        return [*first, *(rest[(begin + number) % len(rest)] for number in range(count))]
+        return [*first, *self._slice(names[len(first) :], self.rules.deployments - len(first))]
+
+    def _slice(self, ids: Sequence[str], count: int) -> list[str]:
+        """So many of them, others with every look."""
+        if len(ids) <= count:
+            return list(ids)
+        begin = self._looks * count
+        return [ids[(begin + number) % len(ids)] for number in range(count)]
 
     def _options(self, look: _Look, prospect: Prospect) -> list[tuple[float, Prefetching]]:
         """What could be done for this one, with its worth per byte; the best few places."""
@@ -254,14 +272,14 @@ class Ahead:
         if any(one.key == key for one in self._under_way.values()):
             return []  # one after the other: what the next one is worth depends on where this one ends
         in_dram, on_ssd = frozenset(view.dram_holders(key)), frozenset(view.ssd_holders(key))
-        near = sorted(
-            (id for id in view.ssd_holders(key) if id in look.places and id not in in_dram and _able(prospect, id)),
-            key=look.places.__getitem__,
-        )
-        fresh = (id for id in look.places if id not in on_ssd and id not in in_dram and _able(prospect, id))
+        holders = self._slice(view.ssd_holders(key), 8 * rules.places)
+        near = sorted((id for id in holders if id not in in_dram and self._may_begin(look, id)), key=look.rank)
+        fresh = (id for id in look.places if id not in on_ssd and id not in in_dram)
         found: list[tuple[float, Prefetching]] = []
         for id in (*near[: rules.places], *islice(fresh, rules.places)):
             record = view.servers[id]
+            if not view.able(prospect.deployment, id):
+                continue
             if self._settling.get((id, key), now) > now or self._refusals.get((id, key), (0, now))[1] > now:
                 continue
             if key in record.dram_arriving or key in record.ssd_arriving or key in record.quarantined:
@@ -374,7 +392,7 @@ class Ahead:
             for id in holders:
                 if len(found) >= self.rules.holders:
                     return found
-                if id not in found and _able(prospect, id) and id in view.servers:
+                if id not in found and id in view.servers and view.able(prospect.deployment, id):
                     found[id] = view.load_s(id, tier, key, prospect.weight_bytes)
         return found
 
@@ -387,9 +405,14 @@ class Ahead:
             busy = 1.0 - (1.0 - look.view.busy(id)) * (1.0 - burst)
             expected_s += holders[id] * (1.0 - busy) * all_busy
             all_busy *= busy
-        tier = PEER if look.view.ssd_holders(prospect.key) else FAR
-        far_s = look.view.load_s(next(iter(look.places)), tier, prospect.key, prospect.weight_bytes)
+        far_s = self._far_s(look, prospect)
         return expected_s + all_busy * max(far_s, *holders.values()) if holders else far_s
+
+    def _far_s(self, look: _Look, prospect: Prospect) -> float:
+        """A load on a server that has nothing of it: any of those looked at."""
+        tier = PEER if look.view.ssd_holders(prospect.key) else FAR
+        id = look.places[0] if look.places else next(iter(look.view.servers))
+        return look.view.load_s(id, tier, prospect.key, prospect.weight_bytes)
 
     # -- what is under way ---------------------------------------------------------------------------------------
 
@@ -429,10 +452,6 @@ class Ahead:
 
 def _free_bytes(record: ServerRecord) -> int:
     return record.dram_capacity_bytes - record.dram_used_bytes
-
-
-def _able(prospect: Prospect, server_id: str) -> bool:
-    return prospect.server_ids is None or server_id in prospect.server_ids
 
 
 def _remember(memory: dict[tuple[str, str], V], key: tuple[str, str], value: V) -> None:

@@ -83,8 +83,8 @@ class _Server:
 
 @dataclass(slots=True)
 class _Attaching:
-    """Of one checkpoint on one kind of device, seconds: all of the work, from DRAM; all that was done while bytes came
-    (on CUDA without the copies, which follow the bytes); the rest after the last byte."""
+    """Of one checkpoint on one kind of device, seconds: `whole` of the work, from DRAM; `work` (on devices with memory
+    of their own) all but the copies, which follow the bytes as they come; `rest`: after the last byte."""
 
     whole: Level = field(default_factory=Level)
     work: Level = field(default_factory=Level)
@@ -256,9 +256,7 @@ class Estimator:
         if known is not None and known.whole.value is not None:
             return known.whole.value
         believed = self._attach_fit(kind).line.at(weight_bytes)
-        if known is None or known.work.value is None:
-            return believed
-        return known.work.value if kind == "cpu" else max(known.work.value, believed)
+        return believed if known is None or known.work.value is None else max(known.work.value, believed)
 
     def attach_rest_s(self, device: str, key: str, weight_bytes: int) -> float:
         """What is left of it when the last byte arrives, at least: a load takes `wait + max(move + rest, attach)`."""
@@ -390,9 +388,11 @@ class Estimator:
             self._attach_fit(kind).learn(report.weight_bytes, report.attach_s)
             return
         work_s = max(report.work_s, report.attach_s)
-        known.work.learn(work_s)
-        if kind == "cpu":
+        if kind == "cpu":  # where nothing is copied, it is the same work
+            known.whole.learn(work_s)
             self._attach_fit(kind).learn(report.weight_bytes, work_s)
+        else:
+            known.work.learn(work_s)
         if report.move_s + report.attach_s > WAITED * work_s:  # bytes were waited for: nothing else was left to do
             known.rest.learn(report.attach_s)
             if work_s > 0:

@@ -72,11 +72,13 @@ class FairnessCounts:
 
 @dataclass(slots=True)
 class _Known:
-    """A deployment that waits, or holds something: what its startup takes, all told, and its replicas."""
+    """A deployment that waits, or holds something: what its startup takes, all told, how many replicas it has, and
+    whether W was promised to it when it began to wait."""
 
     priority: int
     startup_s: float
     held: int = 0
+    promised: bool = False
 
 
 @dataclass(slots=True)
@@ -118,9 +120,9 @@ class Fairness:
             self._suit()
 
     def wanting(self, name: str, since: float, priority: int, startup_s: float, now: float) -> bool:
-        """This deployment has had no replica and a request waiting since then; whether W is promised to it.
+        """This deployment has had no replica and a request waiting since then; whether W was promised to it.
 
-        Saying so again is cheap. `startup_s` is the whole of its startup as estimated, room included. A startup that is
+        Saying so again costs nothing. `startup_s` is the whole of its startup as estimated, room included. A startup that is
         estimated only slightly differently leaves everything as it is.
         """
         known = self._known.get(name)
@@ -128,18 +130,18 @@ class Fairness:
         if known is not None and name in self._line:
             known.priority, self._asked = priority, None
             same = abs(turn_s - known.startup_s) <= 0.1 * known.startup_s
-            if same and self._line.since(name) == since:
-                return self._slack_s(name, now)[0] >= -EPSILON_S
-            self._line.drop(name)
-            new = False
-        else:
-            new = True
-        self._know(name, priority, turn_s)
+            if not same or self._line.since(name) != since:
+                self._line.drop(name)
+                self._know(name, priority, turn_s)
+                self._line.put(name, since, turn_s)
+                self._suit()
+            return known.promised
+        known = self._know(name, priority, turn_s)
         self._line.put(name, since, turn_s)
         self._suit()
-        promised = self._slack_s(name, now)[0] >= -EPSILON_S
-        self.counts.unpromised += new and not promised
-        return promised
+        known.promised = self._slack_s(name, now)[0] >= -EPSILON_S
+        self.counts.unpromised += not known.promised
+        return known.promised
 
     def satisfied(self, name: str, now: float) -> None:
         """Nobody waits for this deployment any more, or it cannot be served whatever is done."""

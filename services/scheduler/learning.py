@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-ODD: Final = 1.6  # a figure is odd if it is this many times what is known, or as small a part of it
+ODD: Final = 2.0  # a figure is odd if it is this many times what is known, or as small a part of it
 CLIP: Final = 4.0  # an odd figure is not taken for more than this many times what is known
-PLAIN_WEIGHT: Final = 0.4  # of the newest figure
+PLAIN_WEIGHT: Final = 0.3  # of the newest figure
 SHY_WEIGHT: Final = 0.1  # of an odd one
 SURE_WEIGHT: Final = 0.8  # of the second odd one in a row on the same side: it has changed
 KEPT: Final = 0.85  # of the weight of what a fit knows, at every new point

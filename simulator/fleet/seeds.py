@@ -14,6 +14,7 @@ import time
 import traceback
 from dataclasses import replace
 
+from shared.errors import HearthError
 from simulator.fleet.fleet import Fleet
 from simulator.fleet.model import (
     Arrival,
@@ -150,7 +151,7 @@ def main() -> int:
     for seed in range(asked.first, asked.first + asked.count):
         try:
             report = run(seed, asked.policy)
-        except Exception:
+        except (ArithmeticError, AssertionError, AttributeError, HearthError, LookupError, TypeError, ValueError):
             failed += 1
             traceback.print_exc(limit=-5)
             print(

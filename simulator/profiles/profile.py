@@ -263,11 +263,15 @@ def written(
 
 def _entries(facts: Mapping[str, Any]) -> list[str]:
     return [
-        f"{key} = {{ value = {fact.value:.6g}, from = {_quoted(fact.origin)} }}"
+        f"{key} = {{ value = {_number_text(fact.value)}, from = {_quoted(fact.origin)} }}"
         if isinstance(fact, Figure)
         else f"{key} = {_quoted(fact)}"
         for key, fact in facts.items()
     ]
+
+
+def _number_text(value: float) -> str:
+    return str(int(value)) if float(value).is_integer() else f"{value:.6g}"
 
 
 def _quoted(text: str) -> str:
