@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Final, assert_never
 
 from services.scheduler import autoscale, choice
+from services.scheduler.ahead import Ahead
 from services.scheduler.clearing import Clearing
 from services.scheduler.cluster import Cluster, PendingStop, serves
 from services.scheduler.demand import DemandKept
@@ -24,6 +25,7 @@ from services.scheduler.estimate import Estimator, Priors
 from services.scheduler.events import (
     Action,
     Answer,
+    CommandPrefetch,
     DeleteAsked,
     DemandHinted,
     DeployAsked,
@@ -71,11 +73,13 @@ from services.scheduler.looks import FOLLOWED, Looks
 from services.scheduler.moves import Moves
 from services.scheduler.outlook import Outlook
 from services.scheduler.placing import Decide, Placing
+from services.scheduler.prospects import Prospects
 from services.scheduler.rules import Rules
 from services.scheduler.terms import Decision, Means, Outcome
 from shared.contracts.migration import MigrationReason
 from shared.contracts.placement import Explain, Explanation, ReplicaLoaded
 from shared.contracts.records import DeploymentRecord, DeploymentState, ReplicaRecord, ReplicaState, ServerRecord
+from shared.contracts.residency import Prefetch
 from shared.errors import Code, Failure
 
 # Who waits for room is tried again when something may have made room, but not more often than this.
@@ -111,6 +115,7 @@ class Core:
         self.estimator = Estimator(priors or Priors())
         self.fairness = Fairness(rules.fairness)
         self.demand = DemandKept()
+        self.ahead = Ahead(rules.ahead)
         self.deployments = Deployments(cluster)
         outlook = Outlook(rules, cluster, self.estimator, self.fairness, self.demand, self._destinations)
         self.placing = Placing(rules, cluster, outlook, self.fairness, self.demand, decide, instance=instance)
@@ -244,7 +249,11 @@ class Core:
                 self._stop_refused(event, now, out)
             case ReplicaBroke():
                 self._replica_broke(event, now, out)
-            case PrefetchDone() | PrefetchRefused():
+            case PrefetchDone():
+                self.ahead.done(event.server_id, event.checkpoint_id, event.tier, now)
+                return False
+            case PrefetchRefused():
+                self.ahead.refused(event.server_id, event.checkpoint_id, event.tier, now)
                 return False
             case MoveAsked():
                 self.moves.asked(event, now, out)
@@ -280,6 +289,7 @@ class Core:
         for one in event.view.replicas:
             self.estimator.replica_said(one, now)
         self._count_places(now, out)
+        self._look_ahead(now, out)
         if self._oriented:
             self.deployments.compare(event.view, event.asked_at, now, out)
         else:
@@ -320,6 +330,7 @@ class Core:
         if kind == "server":
             self.cluster.remove_server(id)
             self.estimator.forget_server(id)
+            self.ahead.server_gone(id)
         elif kind == "worker":
             self.cluster.remove_worker(id)
         else:
@@ -454,6 +465,24 @@ class Core:
                 "places": bound.places,
             }
             out.append(Note("bound.held" if bound.held else "bound.lost", facts))
+
+    def _look_ahead(self, now: float, out: list[Action]) -> None:
+        """Bring near what will be asked for, as long as nobody waits."""
+        waiting = bool(self._wanting_since)
+        prospects = Prospects(self.cluster, self.estimator, self.demand, now, waiting=waiting)
+        for one in self.ahead.plan(now, prospects):
+            out.append(
+                CommandPrefetch(one.server_id, Prefetch(checkpoint_id=one.key, source=one.source, tier=one.tier))
+            )
+            self.tally.prefetched(one.tier)
+            facts: dict[str, Fact] = {
+                "deployment": one.deployment,
+                "server_id": one.server_id,
+                "tier": one.tier,
+                "weight_bytes": one.weight_bytes,
+                "saves_s": round(one.saves_s, 4),
+            }
+            out.append(Note("checkpoint.prefetched", facts))
 
     def _destinations(self, replica: ReplicaRecord, now: float) -> Sequence[tuple[str, str, int]]:
         """Where what runs in a replica could go at once."""

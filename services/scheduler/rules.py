@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from services.scheduler.ahead import AheadRules
 from services.scheduler.fairness import FairnessRules
 
 
@@ -25,7 +26,7 @@ class Rules:
     destination, is waited for; `move_retry_s`: between two tries of what was refused; `move_lost_s`: after it a
     migration that the source's record does not show is over. `relief_pause_s`: between two moves that relieve one
     replica; `relief_extra_s`: how long one more replica is wanted because of a relief that found no place.
-    `migrates`: what runs may be moved to make room for others. `fairness`: see there.
+    `migrates`: what runs may be moved to make room for others. `fairness`, `ahead`: see there.
     """
 
     look_interval_s: float = 1.0
@@ -53,3 +54,4 @@ class Rules:
     most_moves: int = 256
     migrates: bool = True
     fairness: FairnessRules = field(default_factory=FairnessRules)
+    ahead: AheadRules = field(default_factory=AheadRules)
