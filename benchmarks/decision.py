@@ -6,9 +6,9 @@ The cluster: SERVERS × DEVICES devices of 80 GB, DEPLOYMENTS deployments of 6 t
 three servers and in the DRAM of one. Three states of it: `cold`, where 30 % of the devices are free; `evict`, where all
 are taken and half of the replicas idle; `saturated`, where everything runs a request. Before every decision the records
 of some workers and servers change, as they do in a second of a busy cluster; writing them into the columns is part of
-the time. What is timed is `decide` alone, with the production estimator, for deployments drawn at random: the seconds of
-the processor, as a decision waits for nothing, and for comparison those of the clock, which on a machine that does other
-things at the same time are more.
+the time. What is timed is `decide` alone, with the production estimator, for deployments drawn at random: the seconds
+of the processor, as a decision waits for nothing, and for comparison those of the clock, which on a machine that does
+other things at the same time are more.
 """
 
 from __future__ import annotations
@@ -183,8 +183,9 @@ def measure(shape: tuple[int, int, int], state: str, decisions: int, seed: int) 
         outcomes[decision.outcome.value] = outcomes.get(decision.outcome.value, 0) + 1
     return {
         "servers": shape[0], "devices": shape[0] * shape[1], "deployments": shape[2], "state": state,
-        "decisions": decisions, "median_ms": percentile(took, 50), "p99_ms": percentile(took, 99),
-        "most_ms": max(took), "wall_median_ms": percentile(wall, 50), "wall_p99_ms": percentile(wall, 99), "first_refresh_ms": first_ms, "outcomes": outcomes,
+        "decisions": decisions, "median_ms": percentile(took, 50), "p99_ms": percentile(took, 99), "most_ms": max(took),
+        "wall_median_ms": percentile(wall, 50), "wall_p99_ms": percentile(wall, 99),
+        "first_refresh_ms": first_ms, "outcomes": outcomes,
     }  # fmt: skip
 
 

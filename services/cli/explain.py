@@ -246,7 +246,7 @@ def _ledger(ledger: Ledger) -> Table:
                 ("  source → SSD", ledger.import_s, ""),
                 ("  → DRAM", ledger.read_s, moved),
                 ("  attached", ledger.attach_s, ""),
-                ("  other waiting", max(0.0, inside - known), "room being made, the server's load queue"),
+                ("  other waiting", max(0.0, inside - known), "for room, the load queue, the way to the worker"),
             )
             if ledger.cold
             else ()

@@ -89,7 +89,7 @@ class Bounds:
         ids = self._columns.workers.ids
         every = (rows.tolist(), primary.tolist(), state.tolist(), second.tolist())
         return [
-            Unit(ids[row], (first >> 44, (first >> 2) & 0x3FFFFFFFFFF, what, int(what > FREE), 0, *_apart(then)))
+            Unit(ids[row], (first >> 44, (first >> 2) & 0x3FFFFFFFFFF, what, int(what > FREE), 0, *_apart(then, what)))
             for row, first, what, then in zip(*every, strict=True)
         ]
 
@@ -171,14 +171,15 @@ class Bounds:
         columns, need, estimator = self._columns, self._ask.need, self._view.estimator
         rows = np.arange(self._servers)
         wait = np.maximum(0.0, columns.free_at[rows, self._tier] - self._now)
-        move = need.weight_bytes * columns.byte_s[rows, self._tier]
+        move = columns.latency_s[rows, self._tier] + need.weight_bytes * columns.byte_s[rows, self._tier]
         weight = -(-need.weight_bytes // self._ask.devices)
         by_device = []
         for name in self._devices:
             here = estimator.attach_s(name, need.key, weight)
             rest = estimator.attach_rest_s(name, need.key, weight)
-            # All that is done while bytes arrive is what a load takes for which next to nothing has to.
-            work = estimator.startup("", name, need.key, weight, 1, "ssd", self._now).attach_s
+            # All of the work that is done while bytes arrive: what a load takes for which next to nothing has to.
+            least = estimator.startup("", name, need.key, weight, 1, "ssd", self._now)
+            work = least.attach_s + least.move_s if least.attach_s > rest else rest
             by_device.append(np.where(self._tier == DRAM, here, wait + np.maximum(move + rest, work)))
         load_s = np.stack(by_device, axis=1)
         # Where it is on its way already the columns believe too much.
@@ -247,7 +248,7 @@ class Bounds:
             groups.append((IDLE, np.flatnonzero(idle)))
             rest &= ~idle
         if means.move or means.wait or means.park:
-            busy = columns.soon_at[:size] < np.inf
+            busy = columns.ends_at[:size] < np.inf
             if some_short:
                 busy |= pool_short
             groups.append((BUSY, np.flatnonzero(rest & busy)))
@@ -262,9 +263,14 @@ class Bounds:
     def _bound_ms(self) -> Ints:
         rows, state, columns = self._open, self._state, self._columns
         seconds = self.load_s[rows] + np.where(state == FREE, 0.0, self._view.estimator.stop_s())
-        if not self._ask.means.park:
+        means = self._ask.means
+        if not means.park:
             busy = np.flatnonzero(state == BUSY)
-            soon_s = np.maximum(0.0, columns.soon_at[rows[busy]] - self._now)
+            soon_s = np.full(len(busy), np.inf)
+            if means.wait:
+                soon_s = np.maximum(0.0, columns.ends_at[rows[busy]] - self._now)
+            if means.move:
+                soon_s = np.minimum(soon_s, columns.resume_s[rows[busy]])
             if len(self._short_rows):
                 soon_s[self._short_rows[rows[busy]]] = 0.0
             seconds[busy] += soon_s
@@ -314,9 +320,9 @@ class Bounds:
         return sorted(found, key=lambda unit: unit.bound)[:many]
 
 
-def _apart(second: int) -> tuple[int, int]:
-    """The two parts of what `_second` has put together."""
-    return second >> 20, second & 0xFFFFF
+def _apart(second: int, state: int) -> tuple[int, int]:
+    """The two parts of what `_second` has put together; nothing is known of who would have to leave."""
+    return (second >> 20 if state < BUSY else -MOST_MS), second & 0xFFFFF
 
 
 def _milliseconds(seconds: Floats) -> Ints:

@@ -31,6 +31,7 @@ __all__ = ["TIERS", "View", "able_servers", "decide", "room_text", "tier_of", "t
 MOST_SHOWN: Final = 16  # candidates that a decision keeps
 MOST_ELSEWHERE: Final = 12  # deployments for whose replicas other places are looked for, in one decision
 MOST_EXTRA: Final = 8  # places that are looked at, though they cannot be better, to be shown
+SMALL: Final = 64  # workers of a cluster in which that includes those where somebody who runs would have to leave,
 MOST_INNER_EXTRA: Final = 2  # … as long as no more than so many searches for other places were made
 _EVICT_ONLY: Final = Means(evict=True, below_min=False, move=False, wait=False, park=False)
 _NOTHING_AT_ALL: Final = Means(evict=False, below_min=False, move=False, wait=False, park=False)
@@ -105,7 +106,7 @@ class _Search:
     def look_around(self) -> None:
         """Look at a few more places, for whoever wants to know why it was not one of them."""
         for unit in self._units[:MOST_EXTRA]:
-            costly = unit.state == BUSY and len(self._inner) >= MOST_INNER_EXTRA
+            costly = unit.state == BUSY and (self.bounds.many > SMALL or len(self._inner) >= MOST_INNER_EXTRA)
             if unit.id not in self._looked and not costly:
                 self._look(unit.id, below_min=False, limit_s=math.inf)
 

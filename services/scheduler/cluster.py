@@ -562,6 +562,10 @@ class Cluster:
         serving = [id for one in self.serving(name) for id in workers_of(one)]
         return frozenset(serving + [id for one in self.coming(name) for id in one.worker_ids])
 
+    def deployments_of(self, key: str) -> Sequence[str]:
+        """The deployments whose replicas need this checkpoint, by name."""
+        return self._keys.of(key)
+
     def dram_holders(self, key: str, weight_bytes: int = 1) -> list[str]:
         """Servers that have all of this checkpoint in DRAM, by id."""
         return [id for id in self._in_dram.of(key) if self.servers[id].dram.get(key, 0) >= max(1, weight_bytes)]

@@ -102,13 +102,14 @@ class Columns:
     """See the module. Bytes, counts, and monotonic seconds (`_at`).
 
     Per worker: `there`, `ready`, `gangs`, `device` and `labels` (classes), `server` (row), `total_bytes`, `free_bytes`,
-    `places` (replicas that it could still have), `replicas`; of its tenants, `idle_bytes` and `idle_places` of those
-    that run nothing, `idle_at` (since when the one that is idle longest is), `soon_at` (the earliest that one that runs
-    something could be gone; infinite without one), `parkable`.
+    `places` (replicas that it could still have), `replicas`; of its tenants that run nothing, `idle_bytes` and
+    `idle_places` together, `idle_at`, since when the one that is idle longest is; of those that run something,
+    `ends_at`, when the first is expected to end, `resume_s` of the one that is moved soonest (both infinite without
+    one), and `parkable`.
 
     Per server: `up`, `dram_bytes` and `ssd_bytes` (capacities), `chunk_bytes`, `pool_bytes` (free for good), and per
-    tier `free_at` (of the lane of the load queue) and `byte_s` (seconds per byte). `arriving` and `quarantined` map
-    checkpoints to the servers where they are on their way (or wait for it), or set aside.
+    tier `free_at` (of the lane of the load queue), `latency_s` and `byte_s` (seconds per byte). `arriving` and
+    `quarantined` map checkpoints to the servers where they are on their way (or wait for it), or set aside.
     """
 
     def __init__(self) -> None:
@@ -128,10 +129,11 @@ class Columns:
             "idle_places", "dram_bytes", "ssd_bytes", "chunk_bytes", "pool_bytes",
         ):  # fmt: skip
             setattr(self, name, np.zeros(FIRST_ROWS, np.int64))
-        for name in ("idle_at", "soon_at"):
+        for name in ("idle_at", "ends_at", "resume_s"):
             setattr(self, name, np.zeros(FIRST_ROWS, np.float64))
         self.free_at: Floats = np.zeros((FIRST_ROWS, len(TIERS)))
         self.byte_s: Floats = np.zeros((FIRST_ROWS, len(TIERS)))
+        self.latency_s: Floats = np.zeros((FIRST_ROWS, len(TIERS)))
 
     there: Bools
     ready: Bools
@@ -152,13 +154,14 @@ class Columns:
     chunk_bytes: Ints
     pool_bytes: Ints
     idle_at: Floats
-    soon_at: Floats
+    ends_at: Floats
+    resume_s: Floats
 
     OF_WORKERS: Final = (
         "there", "ready", "gangs", "parkable", "device", "labels", "server", "total_bytes", "free_bytes", "places",
-        "replicas", "idle_bytes", "idle_places", "idle_at", "soon_at",
+        "replicas", "idle_bytes", "idle_places", "idle_at", "ends_at", "resume_s",
     )  # fmt: skip
-    OF_SERVERS: Final = ("up", "dram_bytes", "ssd_bytes", "chunk_bytes", "pool_bytes", "free_at", "byte_s")
+    OF_SERVERS: Final = ("up", "dram_bytes", "ssd_bytes", "chunk_bytes", "pool_bytes", "free_at", "byte_s", "latency_s")
 
     def refresh(self, view: View, now: float) -> None:
         """Write the rows of what has changed since the last time."""
@@ -212,6 +215,7 @@ class Columns:
         for tier, name in enumerate(TIERS):
             self.free_at[row, tier] = now + view.estimator.wait_s(id, name, now)
             self.byte_s[row, tier] = 1.0 / view.estimator.bandwidth(id, name)
+            self.latency_s[row, tier] = view.estimator.latency_s(id, name)
         if self._server_labels.get(id) != record.labels:
             self._server_labels[id] = dict(record.labels)
             for worker_row in self.rows_on(row):
@@ -270,10 +274,13 @@ class Columns:
             self.labels[row] = self.label_sets.number(tuple(sorted(labels_of(server, worker).items())))
 
     def _put_tenants(self, row: int, tenants: Sequence[Tenant], now: float) -> None:
-        idle_bytes, idle_places, idle_s, soon_s, parkable = 0, 0, 0.0, math.inf, False
+        idle_bytes, idle_places, idle_s, parkable = 0, 0, 0.0, False
+        ends_s = resume_s = math.inf
         for one in tenants:
             if one.running > 0:
-                soon_s = min(soon_s, one.remaining_s, one.resume_s)
+                ends_s = min(ends_s, one.remaining_s)
+                if one.movable:
+                    resume_s = min(resume_s, one.resume_s)
                 parkable = parkable or one.parkable
             else:
                 idle_bytes += one.memory_bytes
@@ -282,5 +289,6 @@ class Columns:
         self.idle_bytes[row] = idle_bytes
         self.idle_places[row] = idle_places
         self.idle_at[row] = now - idle_s
-        self.soon_at[row] = now + soon_s
+        self.ends_at[row] = now + ends_s
+        self.resume_s[row] = resume_s
         self.parkable[row] = parkable

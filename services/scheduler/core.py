@@ -73,8 +73,8 @@ from services.scheduler.looks import FOLLOWED, Looks
 from services.scheduler.moves import Moves
 from services.scheduler.outlook import Outlook
 from services.scheduler.placing import Decide, Placing
-from services.scheduler.prospects import Prospects
 from services.scheduler.rules import Rules
+from services.scheduler.scene import Scene
 from services.scheduler.terms import Decision, Means, Outcome
 from shared.contracts.migration import MigrationReason
 from shared.contracts.placement import Explain, Explanation, ReplicaLoaded
@@ -117,8 +117,8 @@ class Core:
         self.demand = DemandKept()
         self.ahead = Ahead(rules.ahead)
         self.deployments = Deployments(cluster)
-        outlook = Outlook(rules, cluster, self.estimator, self.fairness, self.demand, self._destinations)
-        self.placing = Placing(rules, cluster, outlook, self.fairness, self.demand, decide, instance=instance)
+        scene = Scene(rules, cluster, self.estimator, self.fairness, self.demand, self._destinations)
+        self.placing = Placing(rules, cluster, scene, self.fairness, self.demand, decide, instance=instance)
         self.health = Health(rules, cluster, self.deployments, self.placing, self._review_at)
         self.looks = Looks(rules, cluster)
         self.moves = Moves(rules, cluster, self.placing, self.health.troubles)
@@ -469,8 +469,8 @@ class Core:
     def _look_ahead(self, now: float, out: list[Action]) -> None:
         """Bring near what will be asked for, as long as nobody waits."""
         waiting = bool(self._wanting_since)
-        prospects = Prospects(self.cluster, self.estimator, self.demand, now, waiting=waiting)
-        for one in self.ahead.plan(now, prospects):
+        outlook = Outlook(self.cluster, self.demand.arrivals, self.estimator, now, waiting)
+        for one in self.ahead.plan(now, outlook):
             out.append(
                 CommandPrefetch(one.server_id, Prefetch(checkpoint_id=one.key, source=one.source, tier=one.tier))
             )

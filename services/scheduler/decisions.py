@@ -19,6 +19,7 @@ from shared.errors import Failure
 MOST_SHOWN: Final = 64
 MOST_PER_DEPLOYMENT: Final = 64
 MOST_CANDIDATES: Final = 32
+MOST_UNTIMED: Final = 256
 NAMED: Final = 6
 ROOM_KEPT_S: Final = 600.0  # a load that comes later than this has not waited for that room
 
@@ -73,6 +74,7 @@ class Decisions:
         self._entries: collections.OrderedDict[str, _Entry] = collections.OrderedDict()
         self._of_deployment: dict[str, collections.OrderedDict[str, _Entry]] = {}
         self._of_replica: dict[str, _Entry] = {}
+        self._untimed: collections.deque[_Entry] = collections.deque(maxlen=MOST_UNTIMED)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -89,6 +91,8 @@ class Decisions:
             entry.times += 1
         else:
             entry.room_s = now - entry.at
+        if not decide_ms:
+            self._untimed.append(entry)
         if replica_id:
             entry.replica_id = replica_id
             self._of_replica[replica_id] = entry
@@ -108,6 +112,14 @@ class Decisions:
         return Measured(
             entry.decision.deployment, report.replica_id, report.tier, estimate, entry.actual, entry.actual_s
         )
+
+    def timed(self, took_ms: float) -> int:
+        """All that was decided since the last call took so many milliseconds; how many decisions those were."""
+        count = len(self._untimed)
+        for entry in self._untimed:
+            entry.decide_ms = took_ms / count
+        self._untimed.clear()
+        return count
 
     def failed(self, replica_id: str, failure: Failure) -> None:
         """The load of a replica has failed. One that was ready before has not failed as a load."""

@@ -122,7 +122,7 @@ class Fairness:
     def wanting(self, name: str, since: float, priority: int, startup_s: float, now: float) -> bool:
         """This deployment has had no replica and a request waiting since then; whether W was promised to it.
 
-        Saying so again costs nothing. `startup_s` is the whole of its startup as estimated, room included. A startup that is
+        Saying so again costs nothing. `startup_s` is the whole of its startup as estimated, room included; one that is
         estimated only slightly differently leaves everything as it is.
         """
         known = self._known.get(name)

@@ -1,243 +1,120 @@
-"""The scheduler's own `View`: the picture, what has been learnt, and whose turn it is. Pure."""
+"""What may be asked for next, and where there would be room: the view that `ahead` plans by, from the picture. Pure."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
 
-from services.scheduler import autoscale
-from services.scheduler.autoscale import Victim
-from services.scheduler.cluster import Cluster, workers_of
-from services.scheduler.columns import Columns
-from services.scheduler.demand import DemandKept
-from services.scheduler.estimate import Estimator
-from services.scheduler.fairness import Fairness
-from services.scheduler.rules import Rules
-from services.scheduler.terms import Ask, Means, Tenant
-from services.scheduler.view import tier_of
-from shared.contracts.records import DeploymentRecord, ReplicaRecord, ReplicaState, ServerRecord, WorkerRecord
+from services.scheduler.ahead import DRAM, Prospect
+from services.scheduler.arrivals import Arrivals
+from services.scheduler.autoscale import keep_alive_s
+from services.scheduler.cluster import Cluster, serves
+from services.scheduler.fits import never_fits
+from services.scheduler.view import Estimates
+from shared.contracts.records import DeploymentRecord, ReplicaState, ServerRecord
 
-# Worker, replica and free slots of every replica that can take over what runs in another one, best first.
-Destinations = Callable[[ReplicaRecord, float], Sequence[tuple[str, str, int]]]
+RECENT: Final = 512  # deployments that are considered at all: those asked for last
 
 
+@dataclass(frozen=True, slots=True)
 class Outlook:
-    """See `View`. `look(…)` says for whom and when; what it works out is kept until the next one."""
+    """The picture as `ahead.AheadView` wants it, at moment `now`. `waiting`: some request waits for a replica."""
 
-    def __init__(
-        self,
-        rules: Rules,
-        cluster: Cluster,
-        estimator: Estimator,
-        fairness: Fairness,
-        demand: DemandKept,
-        destinations: Destinations,
-    ) -> None:
-        self.columns = Columns()
-        self._rules = rules
-        self._cluster = cluster
-        self._estimator = estimator
-        self._fairness = fairness
-        self._demand = demand
-        self._destinations = destinations
-        self._load_s = 0.0
-        self.wake = math.inf
-        self._now = 0.0
-        self._name = ""
-        self._reserve = False
-        self._spared: Callable[[str], bool] = lambda replica_id: False
-        self._leavers: dict[str, dict[str, Victim]] = {}
-        self._going: frozenset[str] = frozenset()
-
-    def look(
-        self, name: str, now: float, *, load_s: float, reserve: bool = False, spared: Callable[[str], bool]
-    ) -> None:
-        """The next decision is about this deployment, which takes `load_s` to load.
-
-        A `reserve` (nobody waits for it) never takes the place of another reserve, or the two would do so for ever.
-        Replicas that are `spared` are not asked to leave now. `wake` is then when one that is spared for a moment may.
-        """
-        self._name, self._now, self._reserve, self._spared = name, now, reserve, spared
-        self._leavers, self._load_s, self.wake = {}, load_s, math.inf
-        # Who goes for one goes for that one only.
-        self._going = frozenset(id for room in self._cluster.rooms.values() for id in room.victims)
-
-    # -- the picture -----------------------------------------------------------------------------------------------
+    cluster: Cluster
+    arrivals: Arrivals
+    estimates: Estimates
+    now: float
+    waiting: bool
+    horizon_s: float = 300.0
 
     @property
     def servers(self) -> Mapping[str, ServerRecord]:
-        """See `View`."""
-        return self._cluster.servers
+        """All servers."""
+        return self.cluster.servers
 
-    @property
-    def workers(self) -> Mapping[str, WorkerRecord]:
-        """See `View`."""
-        return self._cluster.workers
+    def deployments(self) -> Sequence[str]:
+        """Those asked for last, latest first."""
+        return self.arrivals.recent(RECENT)
 
-    @property
-    def estimator(self) -> Estimator:
-        """See `View`."""
-        return self._estimator
+    def prospect(self, deployment: str) -> Prospect | None:
+        """How likely it is to be asked for, and to need a load then."""
+        record = self.cluster.deployments.get(deployment)
+        if record is None or record.checkpoint is None or not serves(record):
+            return None
+        spec = record.spec
+        return Prospect(
+            deployment=deployment,
+            key=record.checkpoint.checkpoint_id,
+            weight_bytes=record.checkpoint.weight_bytes,
+            probability=self._cold(record),
+            burstiness=self.arrivals.burstiness(deployment),
+            several=spec.max_replicas > 1,
+            source=spec.source,
+        )
 
-    def changed_workers(self) -> Iterable[str]:
-        """See `View`."""
-        return self._cluster.changed_workers()
-
-    def changed_servers(self) -> Iterable[str]:
-        """See `View`."""
-        return self._cluster.changed_servers()
-
-    def used_bytes(self, worker_id: str, but_for: str = "") -> int:
-        """See `View`."""
-        return self._cluster.used_bytes(worker_id, but_for=but_for)
-
-    def replica_count(self, worker_id: str, but_for: str = "") -> int:
-        """See `View`."""
-        return self._cluster.replica_count(worker_id, but_for=but_for)
-
-    def pool_used_bytes(self, server_id: str, but_for: str = "") -> int:
-        """See `View`."""
-        return self._cluster.books.pool_bytes(server_id, but_for=but_for)
-
-    def pool_leased_bytes(self, server_id: str, now: float) -> int:
-        """See `View`."""
-        server = self._cluster.servers.get(server_id)
-        return self._cluster.leased_bytes(server, now) if server is not None else 0
-
-    def pool_freed_bytes(self, server_id: str, replica_ids: Sequence[str]) -> int:
-        """See `View`."""
-        return self._cluster.books.freed_bytes(server_id, replica_ids)
-
-    def holds(self, server_id: str, key: str, but_for: str = "") -> bool:
-        """See `View`."""
-        return self._cluster.holds(server_id, key, but_for=but_for)
+    def owner(self, key: str) -> Prospect | None:
+        """The deployment that has this checkpoint and will most probably need it."""
+        found = [one for name in self.cluster.deployments_of(key) if (one := self.prospect(name)) is not None]
+        return max(found, key=lambda one: (one.probability, one.deployment), default=None)
 
     def dram_holders(self, key: str) -> Sequence[str]:
-        """See `View`."""
-        return self._cluster.dram_holders(key)
+        """Servers that have the whole checkpoint in DRAM."""
+        return self.cluster.dram_holders(key)
 
     def ssd_holders(self, key: str) -> Sequence[str]:
-        """See `View`."""
-        return self._cluster.ssd_holders(key)
+        """Servers that have the whole checkpoint on SSD."""
+        return self.cluster.ssd_holders(key)
 
-    def present(self, deployment: str) -> frozenset[str]:
-        """See `View`."""
-        return self._cluster.present(deployment)
-
-    def rooms_of(self, owner: str) -> Sequence[str]:
-        """See `View`."""
-        room = self._cluster.rooms.get(owner)
-        return room.worker_ids if room is not None else ()
-
-    # -- who is in the way -------------------------------------------------------------------------------------------
-
-    def tenants(self, worker_id: str) -> Sequence[Tenant]:
-        """See `View`."""
-        cluster = self._cluster
-        return [
-            self._tenant(replica)
-            for replica in cluster.replicas_on(worker_id)
-            if replica.state is ReplicaState.READY
-            and replica.replica_id not in cluster.stops
-            and replica.deployment != self._name
-            and replica.replica_id not in self._going
-            and not self._spared(replica.replica_id)
-        ]
-
-    def _tenant(self, replica: ReplicaRecord) -> Tenant:
-        cluster, id, now = self._cluster, replica.replica_id, self._now
-        record = cluster.deployments.get(replica.deployment)
-        held = cluster.occupant(id)
-        leaver = self._leaver(replica)
-        current = record is not None and record.revision == replica.revision
-        parkable = self._fairness.parkable(id, self._name, now)
-        return Tenant(
-            replica_id=id,
-            deployment=replica.deployment,
-            worker_ids=workers_of(replica),
-            server_id=replica.server_id,
-            memory_bytes=held.memory_bytes,
-            key=held.key,
-            weight_bytes=held.weight_bytes,
-            running=replica.running,
-            tokens=replica.context_tokens,
-            idle_s=cluster.idle_s(replica, now),
-            evictable=leaver is not None and not (leaver.below_min and self._reserve),
-            movable=current and replica.running > 0 and id not in cluster.needed,
-            awaitable=parkable or self._awaitable(replica, now),
-            parkable=parkable,
-            below_min=leaver.below_min if leaver is not None else False,
-            priority=record.spec.priority if record is not None else 0,
-            remaining_s=self._estimator.remaining_s(replica),
-            resume_s=self._estimator.resume_s(replica),
-            load_s=self._back_s(replica, record),
-        )
-
-    def _awaitable(self, replica: ReplicaRecord, now: float) -> bool:
-        """Whether what runs in a replica may be awaited.
-
-        Whoever is awaited takes nothing new, so a model that is being asked for would be loaded again at once: only
-        after its turn, or, once it has been of use for a while, when nothing more is likely to be asked of it before
-        what runs has ended.
-        """
-        name, cluster = replica.deployment, self._cluster
-        had_s = now - cluster.ready_at.get(replica.replica_id, now)
-        if had_s >= self._fairness.tenure_s:
-            return True
-        if had_s < self._fairness.rules.tenure_min_s or self._demand.behind(cluster, name, now):
+    def able(self, deployment: str, server_id: str) -> bool:
+        """Whether some worker there could run it if it were empty."""
+        record, server = self.cluster.deployments.get(deployment), self.cluster.servers.get(server_id)
+        if record is None or server is None:
             return False
-        return self._demand.quiet(name, self._estimator.remaining_s(replica), now)
+        need, spec = self.cluster.need(record), record.spec
+        workers = (self.cluster.workers[id] for id in self.cluster.workers_on(server_id))
+        return any(not never_fits(need, server, one, spec.labels, spec.devices) for one in workers)
 
-    def _leaver(self, replica: ReplicaRecord) -> Victim | None:
-        """Whether this idle replica may leave: its deployment can do without it."""
-        name = replica.deployment
-        if name not in self._leavers:
-            found = autoscale.victims_of(self._cluster, name, self._now, min_ready_s=self._rules.min_ready_s)
-            self._leavers[name] = {one.replica_id: one for one in found}
-        leaver = self._leavers[name].get(replica.replica_id)
-        if leaver is None:
-            return None
-        until = self._demand.spared_until(
-            self._cluster, replica, for_name=self._name, load_s=self._load_s, now=self._now
+    def load_s(self, server_id: str, tier: str, key: str, weight_bytes: int) -> float:
+        """A load from that tier with nobody before it."""
+        workers = self.cluster.workers_on(server_id)
+        device = self.cluster.workers[workers[0]].device if workers else "cpu"
+        missing = 0 if tier == DRAM else weight_bytes
+        startup = self.estimates.startup(server_id, device, key, weight_bytes, missing, tier, self.now)
+        return startup.load_s - startup.wait_s
+
+    def busy(self, server_id: str) -> float:
+        """The probability that none of its devices can take a newcomer at once.
+
+        Each device is busy, independently, with the share of them that are so now; half a device busy and half a device
+        free are added, as one look at few devices says little (the Jeffreys prior of a proportion).
+        """
+        ids = self.cluster.workers_on(server_id)
+        busy = sum(1 for id in ids if self._runs(id))
+        return float(((busy + 0.5) / (len(ids) + 1.0)) ** len(ids)) if ids else 1.0
+
+    def loading(self, server_id: str) -> bool:
+        """Whether a load was commanded there that its record may not show yet."""
+        return bool(self.cluster.loads_on(server_id))
+
+    def held(self, server_id: str, key: str) -> bool:
+        """Whether a replica keeps this checkpoint in the server's DRAM."""
+        return self.cluster.holds(server_id, key)
+
+    def _runs(self, worker_id: str) -> bool:
+        return bool(self.cluster.loads_at(worker_id)) or any(
+            one.running > 0 or one.state is not ReplicaState.READY for one in self.cluster.replicas_on(worker_id)
         )
-        if until is not None:
-            self.wake = min(self.wake, until)
-            return None
-        return leaver
 
-    def _back_s(self, replica: ReplicaRecord, record: DeploymentRecord | None) -> float:
-        """What having it back on this server would take."""
-        server = self._cluster.servers.get(replica.server_id)
-        worker = self._cluster.workers.get(replica.worker_id)
-        if record is None or server is None or worker is None:
-            return 0.0
-        need = self._cluster.need(record)
-        attach_s = self._estimator.attach_s(worker.device, need.key, need.weight_bytes)
-        tier = tier_of(server, need)
-        if tier == "dram":
-            return attach_s
-        return attach_s + need.weight_bytes / self._estimator.bandwidth(replica.server_id, tier)
-
-    def destinations(self, tenant: Tenant) -> Sequence[tuple[str, str, int]]:
-        """See `View`."""
-        replica = self._cluster.replicas.get(tenant.replica_id)
-        return self._destinations(replica, self._now) if replica is not None else ()
-
-    def ask_of(self, deployment: str) -> Ask | None:
-        """See `View`. What leaves for others may have one replica more than it should for a while."""
-        record = self._cluster.deployments.get(deployment)
-        if record is None:
-            return None
-        return ask_for(self._cluster, record, means=Means(below_min=False, move=False, wait=False))
-
-
-def ask_for(cluster: Cluster, record: DeploymentRecord, *, means: Means) -> Ask:
-    """The question where one more replica of a deployment could go."""
-    spec = record.spec
-    return Ask(
-        need=cluster.need(record),
-        devices=spec.devices,
-        labels=spec.labels,
-        priority=spec.priority,
-        means=means,
-    )
+    def _cold(self, record: DeploymentRecord) -> float:
+        """The probability that it is asked for within the horizon and has to be loaded then: for one that has a
+        replica, that the request comes when its keep-alive is over, or that all its slots are taken."""
+        name, spec = record.spec.name, record.spec
+        within = self.arrivals.next_within(name, self.horizon_s, self.now)
+        have = len(self.cluster.serving(name)) + len(self.cluster.coming(name))
+        if have == 0:
+            return within
+        if have < spec.max_replicas and self.cluster.outstanding(name) >= have * spec.target_concurrency:
+            return within
+        held_s = min(self.horizon_s, keep_alive_s(spec, self.arrivals))
+        return max(0.0, within - self.arrivals.next_within(name, held_s, self.now))

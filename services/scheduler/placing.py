@@ -16,8 +16,8 @@ from services.scheduler.decisions import Decisions
 from services.scheduler.demand import DemandKept
 from services.scheduler.events import Action, CommandLoad, CommandStop, Decided, Fact, Note
 from services.scheduler.fairness import Fairness
-from services.scheduler.outlook import Outlook, ask_for
 from services.scheduler.rules import Rules
+from services.scheduler.scene import Scene, ask_for
 from services.scheduler.terms import Ask, Candidate, Decision, Means, Outcome, Startup
 from services.scheduler.view import View
 from shared.capacity import context_tokens
@@ -54,7 +54,7 @@ class Placing:
         self,
         rules: Rules,
         cluster: Cluster,
-        outlook: Outlook,
+        scene: Scene,
         fairness: Fairness,
         demand: DemandKept,
         decide: Decide,
@@ -67,7 +67,7 @@ class Placing:
         self.predicted: dict[str, Startup] = {}
         self._rules = rules
         self._cluster = cluster
-        self._outlook = outlook
+        self._scene = scene
         self._fairness = fairness
         self._demand = demand
         self._decide = decide
@@ -123,7 +123,7 @@ class Placing:
     @property
     def wake_for(self) -> float:
         """When somebody who was spared in the last decision may be asked to leave."""
-        return self._outlook.wake
+        return self._scene.wake
 
     # -- placement ---------------------------------------------------------------------------------------------------
 
@@ -155,13 +155,13 @@ class Placing:
             # While room is being made nobody else is asked to leave; but what has become free meanwhile is taken.
             means = Means(evict=False, below_min=False, move=False, wait=False)
         reserve = cluster.outstanding(name) == 0 and not move_id
-        self._outlook.look(
+        self._scene.look(
             name, now, load_s=load_s, reserve=reserve, spared=lambda id: self._not_before.get(id, -math.inf) > now
         )
         ask = replace(
             ask_for(cluster, record, means=means), owner=owner, at=at, away_from=away_from, avoid=avoid
         )  # fmt: skip
-        decision = self._decide(ask, self._outlook, now)
+        decision = self._decide(ask, self._scene, now)
         if decision.outcome is Outcome.PLACE:
             self._load(record, ask, decision, since, now, out)
         elif decision.outcome is Outcome.EVICT:
@@ -194,7 +194,7 @@ class Placing:
         self.counts.decisions += 1
         self.decisions.decided(decision, replica_id, now)
         self.predicted[replica_id] = chosen.startup
-        self._outlook.estimator.promised(
+        self._scene.estimator.promised(
             worker.server_id, replica_id, self._missing_bytes(need.key, need.weight_bytes, chosen), chosen.tier, now
         )
         self._fairness.placed(replica_id, name, spec.priority, chosen.startup.load_s, now)

@@ -25,6 +25,9 @@ class Estimates(Protocol):
     def bandwidth(self, server_id: str, tier: str) -> float:
         """Of the slowest tier on the way from `tier` to this server's DRAM."""
 
+    def latency_s(self, server_id: str, tier: str) -> float:
+        """What a load from `tier` takes before its bytes flow, the queue aside."""
+
     def wait_s(self, server_id: str, tier: str, now: float, key: str = "") -> float:
         """Until a new load from `tier` (of checkpoint `key`, if it may stand in the queue already) begins."""
 

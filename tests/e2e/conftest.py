@@ -47,9 +47,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 @pytest.fixture(scope="package")
 def hurt(tmp_path_factory: pytest.TempPathFactory, models: Models) -> Iterator[Fleet]:
-    """Two servers with two workers each and two gateways; "long" has a replica on every worker."""
+    """Two servers with two workers each, two gateways, two schedulers; "long" has a replica on every worker."""
     env = {"HEARTH_MAX_DELIVERIES": "3"}
-    with Fleet(tmp_path_factory.mktemp("fleet"), servers=2, workers=2, gateways=2, env=env) as running:
+    with Fleet(tmp_path_factory.mktemp("fleet"), servers=2, workers=2, gateways=2, schedulers=2, env=env) as running:
         spec = {"min_replicas": 4, "max_replicas": 4, "keep_alive_s": 600}
         running.deploy("long", models("llama", context=2048, eos=False), **spec)
         yield running

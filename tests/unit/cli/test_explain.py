@@ -142,7 +142,7 @@ def test_a_request_shows_where_its_time_went_and_the_decision_behind_it() -> Non
         "    until it was decided  0.002 s",
         "    → DRAM                3.400 s  5 GiB from SSD",
         "    attached              0.043 s",
-        "    other waiting         0.755 s  room being made, the server's load queue",
+        "    other waiting         0.755 s  for room, the load queue, the way to the worker",
         "  prefill                 0.120 s",
         "  decode                  7.700 s",
         "  longest pause           0.021 s  1 migration in 3 rounds",

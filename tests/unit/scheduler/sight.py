@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from services.scheduler.cluster import Need
 from services.scheduler.columns import Columns
 from services.scheduler.terms import Ask, Means, Startup, Tenant
-from services.scheduler.view import memory_on, pool_bytes, streams_on
+from services.scheduler.view import Estimates, memory_on, pool_bytes, streams_on
 from shared.contracts.records import Phase, ServerRecord, WorkerRecord
 from shared.errors import Code, Failure
 
@@ -50,6 +50,9 @@ class FakeEstimates:
 
     def bandwidth(self, server_id: str, tier: str) -> float:
         return GIB * self.of.get(server_id, Speeds()).speed.get(tier, 1.0)
+
+    def latency_s(self, server_id: str, tier: str) -> float:
+        return 0.0
 
     def wait_s(self, server_id: str, tier: str, now: float, key: str = "") -> float:
         return self.of.get(server_id, Speeds()).queue_s.get(tier, 0.0)
@@ -100,7 +103,7 @@ class FakeView:
     asks: dict[str, Ask] = field(default_factory=dict)
     replicas: dict[str, Held] = field(default_factory=dict)
     rooms: list[Held] = field(default_factory=list)
-    estimator: FakeEstimates = field(default_factory=FakeEstimates)
+    estimator: Estimates = field(default_factory=FakeEstimates)
     columns: Columns = field(default_factory=Columns)
     changed: tuple[list[str], list[str]] | None = None
 
@@ -257,6 +260,7 @@ def _server(view: FakeView, id: str, given: dict[str, str], labels: dict[str, st
         labels=labels,
     )
     usual = {"ssd": 2.0, "peer": 1.0, "remote": 0.5}
+    assert isinstance(view.estimator, FakeEstimates)
     view.estimator.of[id] = Speeds(
         {name: float(given.get(f"{name}-speed", value)) for name, value in usual.items()},
         {name: float(given.get(f"{name}-queue", 0)) for name in usual},

@@ -147,6 +147,18 @@ def test_what_is_kept_is_bounded_and_the_oldest_goes_first() -> None:
     assert (len(view.candidates), view.more) == (MOST_CANDIDATES, 5 + 50 - MOST_CANDIDATES)
 
 
+def test_what_was_decided_in_one_go_shares_the_time_that_it_took() -> None:
+    kept = Decisions()
+    for number in range(2):
+        kept.decided(decision(candidate("w1"), name=f"{number}"), f"r{number}", 0.0)
+    kept.decided(decision(candidate("w1"), name="known"), "r2", 0.0, 7.0)
+    assert (kept.timed(3.0), kept.timed(9.0)) == (2, 0)
+    assert [view.decide_ms for view in told(kept, "")] == [7.0, 1.5, 1.5]
+    for number in range(400):
+        kept.decided(decision(outcome=Outcome.WAIT), "", float(number))
+    assert kept.timed(256.0) == 256, "nobody has to ask"
+
+
 def test_how_room_is_made_is_told_in_words() -> None:
     plan = RoomPlan(
         stops=("a", "b"), moves=(Relocation("c", "w2"), Relocation("d", "w3", to_replica_id="e")), waits=("f",),

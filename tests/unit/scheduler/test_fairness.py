@@ -150,11 +150,11 @@ def world(seed: int, *, w: float | None = None, slack: float = 1.0) -> tuple[Abs
 
 
 @pytest.mark.parametrize(
-    "seed", [*range(8), *(pytest.param(seed, marks=pytest.mark.by_hand) for seed in range(100, 400))]
+    "seed", [*range(6), *(pytest.param(seed, marks=pytest.mark.by_hand) for seed in range(100, 400))]
 )
 def test_nobody_waits_longer_than_the_bound_where_it_can_be_held(seed: int) -> None:
     model, arrivals = world(seed)
-    model.run(arrivals, 600.0)
+    model.run(arrivals, 400.0)
     assert model.waits
     assert model.fairness.counts.unpromised == 0
     longest = max(model.waits)
@@ -162,11 +162,11 @@ def test_nobody_waits_longer_than_the_bound_where_it_can_be_held(seed: int) -> N
 
 
 @pytest.mark.parametrize(
-    "seed", [*range(40, 46), *(pytest.param(seed, marks=pytest.mark.by_hand) for seed in range(400, 600))]
+    "seed", [*range(40, 44), *(pytest.param(seed, marks=pytest.mark.by_hand) for seed in range(400, 600))]
 )
 def test_who_was_promised_a_start_has_it_even_where_not_everybody_can(seed: int) -> None:
     model, arrivals = world(seed, slack=0.6)
-    model.run(arrivals, 600.0)
+    model.run(arrivals, 400.0)
     kept = [wait for wait, promised, _ in model.waits if promised]
     assert kept
     assert max(kept) <= model.rules.start_within_s
@@ -175,7 +175,7 @@ def test_who_was_promised_a_start_has_it_even_where_not_everybody_can(seed: int)
 def test_some_of_the_worlds_are_contended_and_some_cannot_promise() -> None:
     """The two tests above would prove nothing if nobody ever had to be parked, or everybody was always promised."""
     parks = unpromised = jumps = 0
-    for seed in range(40, 45):
+    for seed in range(40, 44):
         model, arrivals = world(seed, slack=0.6)
         model.run(arrivals, 300.0)
         parks += model.fairness.counts.late

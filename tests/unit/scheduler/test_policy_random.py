@@ -178,7 +178,7 @@ def everything(view: FakeView, ask: Ask, others: dict[str, dict[str, Startup]], 
                     if seconds is not None and (best is None or seconds < best):
                         best = seconds
         if best is not None:
-            found[id] = replace(start(view, ask, worker), room_s=best + view.estimator.stop)
+            found[id] = replace(start(view, ask, worker), room_s=best + view.estimator.stop_s())
     return found
 
 

@@ -7,9 +7,10 @@ import time
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 
-from shared.contracts.records import Phase, ServerRecord
+from shared.contracts.records import Phase, ReplicaRecord, ReplicaState, ServerRecord
 from shared.lifecycle import Context, Heartbeat
 
 
@@ -49,3 +50,42 @@ def test_telling_of_changes_takes_a_bounded_part_of_the_time(makes_s: float, few
 
     asyncio.run(go())
     assert fewest <= len(written) <= most
+
+
+def test_only_what_somebody_must_know_at_once_is_told() -> None:
+    put: list[ReplicaRecord] = []
+    told: list[bool] = []
+    now = ReplicaRecord(
+        replica_id="r1", worker_id="w1", server_id="s1", deployment="m", revision="r", checkpoint_id="c",
+        state=ReplicaState.READY, slots=4,
+    )  # fmt: skip
+
+    async def keep(one: ReplicaRecord, *, ttl_s: float | None) -> None:
+        put.append(one)
+
+    context = SimpleNamespace(
+        phase=Phase.READY,
+        registry=SimpleNamespace(put=keep),
+        settings=SimpleNamespace(record_ttl_s=9.0, heartbeat_s=9.0),
+        changed=lambda *_, **__: told.append(True),
+    )
+    beat = Heartbeat(cast(Context[Any], context), lambda _: now)
+
+    def tells(**fields: Any) -> bool:
+        """Whether this change is told; it is written in any case."""
+        nonlocal now
+        now = msgspec.structs.replace(now, **fields)
+        told.clear()
+        asyncio.run(beat.push())
+        assert put[-1] == now
+        return bool(told)
+
+    assert tells()
+    assert not tells()
+    assert not tells(idle_s=3.0)
+    assert not tells(output_tokens=7, generated_tokens=70, step_s=0.01)
+    assert tells(running=1)
+    assert tells(state=ReplicaState.DRAINING)
+    assert not tells()
+    beat.tell_again()
+    assert tells()

@@ -1,0 +1,243 @@
+"""The scheduler's own `View`: the picture, what has been learnt, and whose turn it is. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from services.scheduler import autoscale
+from services.scheduler.autoscale import Victim
+from services.scheduler.cluster import Cluster, workers_of
+from services.scheduler.columns import Columns
+from services.scheduler.demand import DemandKept
+from services.scheduler.estimate import Estimator
+from services.scheduler.fairness import Fairness
+from services.scheduler.rules import Rules
+from services.scheduler.terms import Ask, Means, Tenant
+from services.scheduler.view import tier_of
+from shared.contracts.records import DeploymentRecord, ReplicaRecord, ReplicaState, ServerRecord, WorkerRecord
+
+# Worker, replica and free slots of every replica that can take over what runs in another one, best first.
+Destinations = Callable[[ReplicaRecord, float], Sequence[tuple[str, str, int]]]
+
+
+class Scene:
+    """See `View`. `look(…)` says for whom and when; what it works out is kept until the next one."""
+
+    def __init__(
+        self,
+        rules: Rules,
+        cluster: Cluster,
+        estimator: Estimator,
+        fairness: Fairness,
+        demand: DemandKept,
+        destinations: Destinations,
+    ) -> None:
+        self.columns = Columns()
+        self._rules = rules
+        self._cluster = cluster
+        self._estimator = estimator
+        self._fairness = fairness
+        self._demand = demand
+        self._destinations = destinations
+        self._load_s = 0.0
+        self.wake = math.inf
+        self._now = 0.0
+        self._name = ""
+        self._reserve = False
+        self._spared: Callable[[str], bool] = lambda replica_id: False
+        self._leavers: dict[str, dict[str, Victim]] = {}
+        self._going: frozenset[str] = frozenset()
+
+    def look(
+        self, name: str, now: float, *, load_s: float, reserve: bool = False, spared: Callable[[str], bool]
+    ) -> None:
+        """The next decision is about this deployment, which takes `load_s` to load.
+
+        A `reserve` (nobody waits for it) never takes the place of another reserve, or the two would do so for ever.
+        Replicas that are `spared` are not asked to leave now. `wake` is then when one that is spared for a moment may.
+        """
+        self._name, self._now, self._reserve, self._spared = name, now, reserve, spared
+        self._leavers, self._load_s, self.wake = {}, load_s, math.inf
+        # Who goes for one goes for that one only.
+        self._going = frozenset(id for room in self._cluster.rooms.values() for id in room.victims)
+
+    # -- the picture -----------------------------------------------------------------------------------------------
+
+    @property
+    def servers(self) -> Mapping[str, ServerRecord]:
+        """See `View`."""
+        return self._cluster.servers
+
+    @property
+    def workers(self) -> Mapping[str, WorkerRecord]:
+        """See `View`."""
+        return self._cluster.workers
+
+    @property
+    def estimator(self) -> Estimator:
+        """See `View`."""
+        return self._estimator
+
+    def changed_workers(self) -> Iterable[str]:
+        """See `View`."""
+        return self._cluster.changed_workers()
+
+    def changed_servers(self) -> Iterable[str]:
+        """See `View`."""
+        return self._cluster.changed_servers()
+
+    def used_bytes(self, worker_id: str, but_for: str = "") -> int:
+        """See `View`."""
+        return self._cluster.used_bytes(worker_id, but_for=but_for)
+
+    def replica_count(self, worker_id: str, but_for: str = "") -> int:
+        """See `View`."""
+        return self._cluster.replica_count(worker_id, but_for=but_for)
+
+    def pool_used_bytes(self, server_id: str, but_for: str = "") -> int:
+        """See `View`."""
+        return self._cluster.books.pool_bytes(server_id, but_for=but_for)
+
+    def pool_leased_bytes(self, server_id: str, now: float) -> int:
+        """See `View`."""
+        server = self._cluster.servers.get(server_id)
+        return self._cluster.leased_bytes(server, now) if server is not None else 0
+
+    def pool_freed_bytes(self, server_id: str, replica_ids: Sequence[str]) -> int:
+        """See `View`."""
+        return self._cluster.books.freed_bytes(server_id, replica_ids)
+
+    def holds(self, server_id: str, key: str, but_for: str = "") -> bool:
+        """See `View`."""
+        return self._cluster.holds(server_id, key, but_for=but_for)
+
+    def dram_holders(self, key: str) -> Sequence[str]:
+        """See `View`."""
+        return self._cluster.dram_holders(key)
+
+    def ssd_holders(self, key: str) -> Sequence[str]:
+        """See `View`."""
+        return self._cluster.ssd_holders(key)
+
+    def present(self, deployment: str) -> frozenset[str]:
+        """See `View`."""
+        return self._cluster.present(deployment)
+
+    def rooms_of(self, owner: str) -> Sequence[str]:
+        """See `View`."""
+        room = self._cluster.rooms.get(owner)
+        return room.worker_ids if room is not None else ()
+
+    # -- who is in the way -------------------------------------------------------------------------------------------
+
+    def tenants(self, worker_id: str) -> Sequence[Tenant]:
+        """See `View`."""
+        cluster = self._cluster
+        return [
+            self._tenant(replica)
+            for replica in cluster.replicas_on(worker_id)
+            if replica.state is ReplicaState.READY
+            and replica.replica_id not in cluster.stops
+            and replica.deployment != self._name
+            and replica.replica_id not in self._going
+            and not self._spared(replica.replica_id)
+        ]
+
+    def _tenant(self, replica: ReplicaRecord) -> Tenant:
+        cluster, id, now = self._cluster, replica.replica_id, self._now
+        record = cluster.deployments.get(replica.deployment)
+        held = cluster.occupant(id)
+        leaver = self._leaver(replica)
+        current = record is not None and record.revision == replica.revision
+        parkable = self._fairness.parkable(id, self._name, now)
+        return Tenant(
+            replica_id=id,
+            deployment=replica.deployment,
+            worker_ids=workers_of(replica),
+            server_id=replica.server_id,
+            memory_bytes=held.memory_bytes,
+            key=held.key,
+            weight_bytes=held.weight_bytes,
+            running=replica.running,
+            tokens=replica.context_tokens,
+            idle_s=cluster.idle_s(replica, now),
+            evictable=leaver is not None and not (leaver.below_min and self._reserve),
+            movable=current and replica.running > 0 and id not in cluster.needed,
+            awaitable=parkable or self._awaitable(replica, now),
+            parkable=parkable,
+            below_min=leaver.below_min if leaver is not None else False,
+            priority=record.spec.priority if record is not None else 0,
+            remaining_s=self._estimator.remaining_s(replica),
+            resume_s=self._estimator.resume_s(replica),
+            load_s=self._back_s(replica, record),
+        )
+
+    def _awaitable(self, replica: ReplicaRecord, now: float) -> bool:
+        """Whether what runs in a replica may be awaited.
+
+        Whoever is awaited takes nothing new, so a model that is being asked for would be loaded again at once: only
+        after its turn, or, once it has been of use for a while, when nothing more is likely to be asked of it before
+        what runs has ended.
+        """
+        name, cluster = replica.deployment, self._cluster
+        had_s = now - cluster.ready_at.get(replica.replica_id, now)
+        if had_s >= self._fairness.tenure_s:
+            return True
+        if had_s < self._fairness.rules.tenure_min_s or self._demand.behind(cluster, name, now):
+            return False
+        return self._demand.quiet(name, self._estimator.remaining_s(replica), now)
+
+    def _leaver(self, replica: ReplicaRecord) -> Victim | None:
+        """Whether this idle replica may leave: its deployment can do without it."""
+        name = replica.deployment
+        if name not in self._leavers:
+            found = autoscale.victims_of(self._cluster, name, self._now, min_ready_s=self._rules.min_ready_s)
+            self._leavers[name] = {one.replica_id: one for one in found}
+        leaver = self._leavers[name].get(replica.replica_id)
+        if leaver is None:
+            return None
+        until = self._demand.spared_until(
+            self._cluster, replica, for_name=self._name, load_s=self._load_s, now=self._now
+        )
+        if until is not None:
+            self.wake = min(self.wake, until)
+            return None
+        return leaver
+
+    def _back_s(self, replica: ReplicaRecord, record: DeploymentRecord | None) -> float:
+        """What having it back on this server would take."""
+        server = self._cluster.servers.get(replica.server_id)
+        worker = self._cluster.workers.get(replica.worker_id)
+        if record is None or server is None or worker is None:
+            return 0.0
+        need = self._cluster.need(record)
+        attach_s = self._estimator.attach_s(worker.device, need.key, need.weight_bytes)
+        tier = tier_of(server, need)
+        if tier == "dram":
+            return attach_s
+        return attach_s + need.weight_bytes / self._estimator.bandwidth(replica.server_id, tier)
+
+    def destinations(self, tenant: Tenant) -> Sequence[tuple[str, str, int]]:
+        """See `View`."""
+        replica = self._cluster.replicas.get(tenant.replica_id)
+        return self._destinations(replica, self._now) if replica is not None else ()
+
+    def ask_of(self, deployment: str) -> Ask | None:
+        """See `View`. What leaves for others may have one replica more than it should for a while."""
+        record = self._cluster.deployments.get(deployment)
+        if record is None:
+            return None
+        return ask_for(self._cluster, record, means=Means(below_min=False, move=False, wait=False))
+
+
+def ask_for(cluster: Cluster, record: DeploymentRecord, *, means: Means) -> Ask:
+    """The question where one more replica of a deployment could go."""
+    spec = record.spec
+    return Ask(
+        need=cluster.need(record),
+        devices=spec.devices,
+        labels=spec.labels,
+        priority=spec.priority,
+        means=means,
+    )
