@@ -574,10 +574,6 @@ class Cluster:
         """Servers that have all of this checkpoint on SSD, by id."""
         return [id for id in self._on_ssd.of(key) if self.servers[id].ssd.get(key, 0) >= max(1, weight_bytes)]
 
-    def deployments_of(self, key: str) -> Sequence[str]:
-        """The deployments whose replicas need this checkpoint, by name."""
-        return self._keys.of(key)
-
     @property
     def draining_workers(self) -> list[str]:
         """Workers that drain, by id."""
