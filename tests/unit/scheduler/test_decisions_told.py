@@ -96,7 +96,7 @@ def test_finished_requests_are_counted_by_what_replicas_add() -> None:
 def test_figures() -> None:
     it = small()
     it.hint("m")
-    figures = it.core.figures()
+    figures = it.core.figures(it.now)
     assert (figures.loads, figures.evictions, figures.finished_requests, figures.bound) == (1, 0, 0, None)
     assert figures.moves is not it.core.tally.moves, "what was shown before is compared with it"
     assert Figures(loads=3, finished_requests=6).swaps_per_request == 0.5
