@@ -176,9 +176,11 @@ class Arrivals:
         all there is when nearly all gaps on record are shorter than the present one.
         """
         history = self._histories.get(name)
-        if history is None or history.total <= 0.0:
-            return 0.0  # one request alone says nothing of a next one
+        if history is None:
+            return 0.0
         chance = -math.expm1(-self.rate(name, now) * horizon_s)
+        if history.total <= 0.0:
+            return chance
         since_s = max(0.0, now - history.last_at)
         longer = history.total - self._up_to(history, since_s)
         within = max(0.0, self._up_to(history, since_s + horizon_s) - self._up_to(history, since_s))

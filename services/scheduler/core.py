@@ -179,7 +179,7 @@ class Core:
             for name, record in sorted(cluster.deployments.items())
         }
 
-    def figures(self) -> Figures:
+    def figures(self, now: float) -> Figures:
         """What was done until now (for metrics)."""
         return Figures(
             loads=self.counts.decisions,

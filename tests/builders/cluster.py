@@ -119,7 +119,7 @@ class Cluster:
         """Send a signal to one service."""
         self.processes[name].send_signal(number)
 
-    def stop(self, name: str, timeout_s: float = 40.0) -> int:
+    def stop(self, name: str, timeout_s: float = 120.0) -> int:
         """End one service in order; its exit code."""
         self.kill(name, signal.SIGTERM)
         return self.processes[name].wait(timeout_s)
@@ -134,7 +134,7 @@ class Cluster:
         try:
             for name in self.services:
                 self.start(name)
-            self.until(self.ready, "the cluster is ready", 120)
+            self.until(self.ready, "the cluster is ready", 240)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -180,7 +180,7 @@ class Cluster:
             and len(gateways) == wanted.count("gateway")
         )
 
-    def until(self, condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
+    def until(self, condition: Callable[[], bool], what: str, timeout_s: float = 120.0) -> None:
         """Wait until `condition()`; raises AssertionError saying `what` did not happen."""
         until = time.monotonic() + timeout_s
         while not condition():

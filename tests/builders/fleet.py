@@ -94,14 +94,14 @@ class Fleet(Cluster):
     def restart(self, name: str) -> None:
         """Start again what has been killed."""
         process = self.processes[name]
-        process.wait(30)
+        process.wait(120)
         self.start(name)
 
-    def until_ready(self, timeout_s: float = 90.0) -> None:
+    def until_ready(self, timeout_s: float = 240.0) -> None:
         """Wait until everything is there again."""
         self.until(self.ready, "everything is ready again", timeout_s)
 
-    def mend(self, timeout_s: float = 120.0) -> None:
+    def mend(self, timeout_s: float = 240.0) -> None:
         """Heal every link, let go on what was stopped, start again what has ended; wait until ready."""
         for link in self.links.values():
             link.heal()
@@ -135,7 +135,7 @@ class Fleet(Cluster):
         status, body = self.call("GET", "/v1/admin/requests", gateway=gateway, timeout_s=timeout_s)
         return list(body["data"]) if status == 200 else []
 
-    def hearth(self, *words: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
+    def hearth(self, *words: str, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
         """Run `hearth …` against the first gateway."""
         return subprocess.run(
             [sys.executable, "-m", "services", *words],

@@ -70,7 +70,7 @@ def remains(fleet: Fleet) -> list[str]:
     return found
 
 
-def until_nothing_remains(fleet: Fleet, timeout_s: float = 20.0) -> None:
+def until_nothing_remains(fleet: Fleet, timeout_s: float = 120.0) -> None:
     """Wait for it. Raises AssertionError that names what is left."""
     left: list[str] = []
 

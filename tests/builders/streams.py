@@ -104,7 +104,7 @@ def first_difference(text: str, expected: str) -> str:
 class Stream:
     """A client on a thread of its own. `heard` grows while it streams; `wait()` for the end."""
 
-    def __init__(self, url: str, ask: Ask, *, timeout_s: float = 120.0, info: bool = True) -> None:
+    def __init__(self, url: str, ask: Ask, *, timeout_s: float = 300.0, info: bool = True) -> None:
         self.ask = ask
         self.url = url
         self.heard = Heard()
@@ -121,7 +121,7 @@ class Stream:
         """Whether nothing more comes."""
         return self.heard.ended_at > 0
 
-    def until_events(self, events: int, timeout_s: float = 60.0) -> None:
+    def until_events(self, events: int, timeout_s: float = 120.0) -> None:
         """Wait until so many events with tokens have come (or the stream has ended)."""
         with self._more:
             came = self._more.wait_for(lambda: len(self.heard.times) >= events or self.ended, timeout_s)

@@ -17,7 +17,7 @@ from tests.chaos.report import Report
 
 CALLS = 24
 TAIL_LINES = 25
-CLIENT_TIMEOUT_S = 90.0
+CLIENT_TIMEOUT_S = 180.0
 MOST_FAILURES = 20  # then it is clear, and the run ends
 
 

@@ -10,7 +10,7 @@ from tests.chaos.plan import FAULTS, faults
 from tests.chaos.report import percentile
 from tests.chaos.run import run
 
-pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(900)]
 
 NAMES = {
     "worker": ["w1", "w2"],

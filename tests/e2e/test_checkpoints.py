@@ -14,7 +14,7 @@ import pytest
 from tests.builders.cluster import Cluster
 from tests.e2e.conftest import Models
 
-pytestmark = [pytest.mark.torch, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.torch, pytest.mark.timeout(600)]
 
 
 def complete(cluster: Cluster, model: str) -> str:

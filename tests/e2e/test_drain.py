@@ -16,7 +16,7 @@ from tests.builders.streams import Ask, Stream, Twins
 from tests.e2e.conftest import Models
 from tests.e2e.test_recovery import SAMPLED, asks, begin, check, owned
 
-pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def phase(fleet: Fleet, worker: str) -> str:
@@ -75,7 +75,7 @@ def restart_in_order(fleet: Fleet, name: str) -> None:
     assert fleet.stop(name, 60) == 0, fleet.log(name)[-2000:]
     fleet.start(name)
     fleet.until_ready()
-    fleet.until(fleet.spread, f"the replicas are back after {name} was restarted", 60)
+    fleet.until(fleet.spread, f"the replicas are back after {name} was restarted")
 
 
 @pytest.mark.by_hand

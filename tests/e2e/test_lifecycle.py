@@ -12,7 +12,7 @@ import pytest
 from tests.builders.cluster import Cluster
 from tests.e2e.conftest import Models
 
-pytestmark = [pytest.mark.torch, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.torch, pytest.mark.timeout(600)]
 
 
 def open_stream(
@@ -56,7 +56,7 @@ def test_an_idle_replica_leaves_after_its_keep_alive_and_comes_back(cluster: Clu
     body = {"model": "brief", "prompt": "one", "max_tokens": 4, "temperature": 0}
     status, first = cluster.call("POST", "/v1/completions", body)
     assert status == 200, first
-    cluster.until(lambda: not replicas_of(cluster, "brief"), "the replica left", 20)
+    cluster.until(lambda: not replicas_of(cluster, "brief"), "the replica left")
     status, again = cluster.call("POST", "/v1/completions", body | {"hearth": {"ledger": True}})
     assert status == 200, again
     assert again["choices"] == first["choices"]
@@ -86,7 +86,7 @@ def test_a_client_that_leaves_frees_everything(cluster: Cluster, models: Models)
             pass
         connection.close()
         answer.close()
-    cluster.until(cluster.idle, "nothing runs for clients that left", 10)
+    cluster.until(cluster.idle, "nothing runs for clients that left")
 
 
 def test_a_client_that_leaves_during_the_cold_start_takes_its_request_along(cluster: Cluster, models: Models) -> None:
@@ -94,14 +94,14 @@ def test_a_client_that_leaves_during_the_cold_start_takes_its_request_along(clus
     connection, answer = open_stream(cluster, {"model": "early", "prompt": "one", "max_tokens": 500})
     connection.close()
     answer.close()
-    cluster.until(cluster.idle, "the queue is empty again", 20)
+    cluster.until(cluster.idle, "the queue is empty again")
 
 
 def test_a_deleted_deployment_is_unknown_and_its_replicas_leave(cluster: Cluster, models: Models) -> None:
     cluster.deploy("gone", models("llama"), keep_alive_s=300)
     assert cluster.call("POST", "/v1/completions", {"model": "gone", "prompt": "a", "max_tokens": 1})[0] == 200
     assert cluster.call("DELETE", "/v1/admin/deployments/gone")[0] in (200, 204)
-    cluster.until(lambda: not replicas_of(cluster, "gone"), "its replicas left", 10)
+    cluster.until(lambda: not replicas_of(cluster, "gone"), "its replicas left")
     status, body = cluster.call("POST", "/v1/completions", {"model": "gone", "prompt": "a"})
     assert status == 404
     assert body["error"]["code"] == "model_not_found"

@@ -15,7 +15,7 @@ from tests.builders.remains import until_nothing_remains
 from tests.builders.streams import Twins
 from tests.e2e.test_migration import WORKERS, migrate
 
-pytestmark = [pytest.mark.torch]
+pytestmark = [pytest.mark.torch, pytest.mark.timeout(600)]
 
 CLIENTS, MOVERS = 16, 4
 # A request that is over, or on its way already, when its turn comes.

@@ -16,7 +16,7 @@ from tests.builders.streams import Ask, Stream, Twins
 from tests.e2e.conftest import Models
 from tests.e2e.test_recovery import SAMPLED, asks, begin, check, owned
 
-pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(600)]
 
 CHAT = "/v1/chat/completions"
 WORKERS = ("worker-1-1", "worker-1-2", "worker-2-1", "worker-2-2")

@@ -10,7 +10,7 @@ import pytest
 from tests.builders.cluster import Cluster
 from tests.e2e.conftest import Models
 
-pytestmark = [pytest.mark.torch, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.torch, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from tests.builders.fleet import NATS, REDIS, Fleet
 from tests.builders.remains import until_nothing_remains
 from tests.builders.streams import Ask, Stream, Twins
 
-pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(600)]
 
 SAMPLED = {"temperature": 1.0, "top_p": 0.95, "frequency_penalty": 0.3, "presence_penalty": 0.2}
 
@@ -132,7 +132,7 @@ def test_streams_resume_when_a_server_is_restarted(fleet: Fleet, twins: Twins, s
     twins.learn(calls)
     streams = begin(fleet, calls)
     fleet.kill(server)
-    fleet.processes[server].wait(10)
+    fleet.processes[server].wait(60)
     time.sleep(1.0)
     fleet.restart(server)
     check(streams, twins)
@@ -168,7 +168,7 @@ def test_a_request_that_kills_workers_is_stopped_and_its_neighbours_live(fleet: 
         owner = fleet.owner_of(poison.heard.request_id)
         if owner and fleet.running(owner):
             fleet.kill(owner)
-            fleet.processes[owner].wait(10)
+            fleet.processes[owner].wait(60)
             killed.append(owner)
             fleet.start(owner)
         time.sleep(0.05)

@@ -491,3 +491,20 @@ def leaf(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
+
+
+async def test_prefetches_and_evictions_of_old_leaders_are_refused(
+    settings: StoreSettings, bus: Bus, registry: Registry, tmp_path: Path
+) -> None:
+    make_source(tmp_path / "m")
+    model = Source(url=str(tmp_path / "m"))
+    async with a_store(settings, registry):
+        id = (await do_import(bus, model)).checkpoint.checkpoint_id
+        await bus.call(EVICT, Evict(checkpoint_id=id, tier="dram", term=3), server_id=SERVER)
+        with pytest.raises(HearthError) as evicting:
+            await bus.call(EVICT, Evict(checkpoint_id=id, tier="ssd", term=2), server_id=SERVER)
+        with pytest.raises(HearthError) as fetching:
+            await bus.call(PREFETCH, Prefetch(checkpoint_id=id, term=2), server_id=SERVER, extra_s=1)
+        for refused in (evicting.value.failure, fetching.value.failure):
+            assert (refused.code, refused.term) == (Code.STALE_EPOCH, 3)
+        await bus.call(EVICT, Evict(checkpoint_id=id, tier="ssd"), server_id=SERVER)

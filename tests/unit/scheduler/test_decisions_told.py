@@ -95,7 +95,7 @@ def test_finished_requests_are_counted_by_what_replicas_add() -> None:
 def test_figures() -> None:
     it = small()
     it.hint("m")
-    figures = it.core.figures()
+    figures = it.core.figures(it.now)
     assert (figures.loads, figures.evictions, figures.finished_requests) == (1, 0, 0)
     assert figures.bound is not None
     assert figures.bound.held

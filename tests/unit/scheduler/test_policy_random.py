@@ -7,12 +7,13 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from services.scheduler.choice import decide
 from services.scheduler.estimate import whereabouts
 from services.scheduler.fits import Fit, fit
-from services.scheduler.terms import Ask, Means, Outcome, Startup, Tenant
+from services.scheduler.terms import Ask, Candidate, Means, Outcome, Startup, Tenant
 from shared.contracts.records import WorkerRecord
 from tests.unit.scheduler.sight import FakeView, read
 
@@ -70,7 +71,7 @@ def scene(seed: int) -> tuple[FakeView, Ask]:
         if (
             view.used_bytes(worker.worker_id) > worker.memory_total_bytes
             or view.replica_count(worker.worker_id) > worker.max_replicas
-            or view.pool_used_bytes(server) > view.servers[server].dram_capacity_bytes
+            or view.pool_used_bytes(server, NOW) > view.servers[server].dram_capacity_bytes
             or len(same) > 1
         ):
             del view.replicas[id]
@@ -199,31 +200,51 @@ def test_the_decision_is_as_fast_as_the_best(seed: int) -> None:
     assert decision.chosen.startup.total_s == pytest.approx(min(one.total_s for one in found.values()), abs=0.0011)
 
 
-@pytest.mark.parametrize("seed", range(150))
-def test_what_is_decided_can_be_done(seed: int) -> None:
+def over_two(view: FakeView, ask: Ask) -> Ask:
+    """The same question for a replica over two devices, which every worker can run."""
+    view.workers = {id: msgspec.structs.replace(one, gangs=True) for id, one in view.workers.items()}
+    return replace(ask, devices=2)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("seed", range(100))
+def test_what_is_decided_can_be_done(seed: int, devices: int) -> None:
     view, ask = scene(seed)
+    ask = over_two(view, ask) if devices > 1 else ask
     decision = decide(ask, view, NOW)
     assert decision == decide(ask, view, NOW), "the same question has the same answer"
     for one in decision.candidates:
         if one.refused:
             continue
-        worker = view.workers[one.worker_id]
-        place = fit(ask, view, worker, frozenset(), NOW)
         victims = tuple(view.replicas[id].tenant for id in one.room.victims)
-        assert enough(view, worker, place, victims)
-        assert all(
-            tenant.running == 0 and tenant.evictable for tenant in victims if tenant.replica_id in one.room.stops
-        )
-        assert all(ask.means.park and view.replicas[id].tenant.parkable for id in one.room.parks)
-        assert not any(move.to_worker_id in one.worker_ids for move in one.room.moves)
-        for victim in victims:
-            assert not any(move.to_replica_id in one.room.victims for move in one.room.moves)
-            to = [move for move in one.room.moves if move.replica_id == victim.replica_id and move.to_replica_id]
-            free = {id: slots for _, id, slots in view.destinations(victim)}
-            assert not to or sum(free[move.to_replica_id] for move in to) >= victim.running
+        assert len(frozenset(one.worker_ids)) == devices
+        for id in one.worker_ids:
+            worker = view.workers[id]
+            assert worker.server_id == one.server_id
+            assert enough(view, worker, fit(ask, view, worker, frozenset(), NOW), victims)
+        check_room(view, ask, one, victims)
     if decision.chosen is not None:
         assert decision.candidates[0] is decision.chosen
         room = decision.chosen.room
         harm = bool(room.moves or room.waits or room.parks)
         expected = Outcome.MAKE_ROOM if harm else Outcome.EVICT if room.stops else Outcome.PLACE
         assert decision.outcome is expected
+
+
+def check_room(view: FakeView, ask: Ask, one: Candidate, victims: tuple[Tenant, ...]) -> None:
+    """Each leaves by one means that is allowed, and nobody is promised a place that is not there."""
+    room = one.room
+    moved = frozenset(move.replica_id for move in room.moves)
+    assert len(victims) == len(room.stops) + len(moved) + len(room.waits) + len(room.parks)
+    assert all(tenant.running == 0 and tenant.evictable for tenant in victims if tenant.replica_id in room.stops)
+    assert all(ask.means.park and view.replicas[id].tenant.parkable for id in room.parks)
+    assert not any(move.to_worker_id in one.worker_ids or move.to_replica_id in room.victims for move in room.moves)
+    new = [move.to_worker_id for move in room.moves if not move.to_replica_id]
+    assert len(frozenset(new)) == len(new)
+    for name in sorted({view.replicas[id].tenant.deployment for id in moved}):
+        movers = [tenant for tenant in victims if tenant.deployment == name and tenant.replica_id in moved]
+        there = frozenset(move.to_replica_id for move in room.moves if move.to_replica_id)
+        slots = sum(held.slots - held.tenant.running for id, held in view.replicas.items()
+                    if id in there and held.tenant.deployment == name)  # fmt: skip
+        to_slots = [m for m in movers if any(r.replica_id == m.replica_id and r.to_replica_id for r in room.moves)]
+        assert slots >= sum(tenant.running for tenant in to_slots)
