@@ -45,6 +45,7 @@ class Picture:
     asks: dict[str, Ask] = field(default_factory=dict)
     on: dict[str, Tenant] = field(default_factory=dict)
     of: dict[str, list[Tenant]] = field(default_factory=dict)
+    of_server: dict[str, list[str]] = field(default_factory=dict)
     in_dram: dict[str, list[str]] = field(default_factory=dict)
     on_ssd: dict[str, list[str]] = field(default_factory=dict)
     estimator: Estimator = field(default_factory=Estimator)
@@ -57,29 +58,29 @@ class Picture:
     def changed_servers(self) -> Iterable[str]:
         return self.changed[1]
 
-    def used_bytes(self, worker_id: str, but_for: str = "") -> int:
+    def workers_on(self, server_id: str) -> Sequence[str]:
+        return self.of_server[server_id]
+
+    def used_bytes(self, worker_id: str, *, but_for: str = "") -> int:
         tenant = self.on.get(worker_id)
         return tenant.memory_bytes if tenant is not None else 0
 
-    def replica_count(self, worker_id: str, but_for: str = "") -> int:
+    def replica_count(self, worker_id: str, *, but_for: str = "") -> int:
         return int(worker_id in self.on)
 
-    def pool_used_bytes(self, server_id: str, but_for: str = "") -> int:
-        return 0
-
-    def pool_leased_bytes(self, server_id: str, now: float) -> int:
+    def pool_used_bytes(self, server_id: str, now: float, *, but_for: str = "") -> int:
         return 0
 
     def pool_freed_bytes(self, server_id: str, replica_ids: Sequence[str]) -> int:
         return 0
 
-    def holds(self, server_id: str, key: str, but_for: str = "") -> bool:
+    def holds(self, server_id: str, key: str, *, but_for: str = "") -> bool:
         return False
 
-    def dram_holders(self, key: str) -> Sequence[str]:
+    def dram_holders(self, key: str, weight_bytes: int = 1) -> Sequence[str]:
         return self.in_dram.get(key, ())
 
-    def ssd_holders(self, key: str) -> Sequence[str]:
+    def ssd_holders(self, key: str, weight_bytes: int = 1) -> Sequence[str]:
         return self.on_ssd.get(key, ())
 
     def tenants(self, worker_id: str) -> Sequence[Tenant]:
@@ -142,6 +143,7 @@ def _server(id: str, dram: Mapping[str, int], ssd: Mapping[str, int], dice: rand
 
 
 def _put_worker(found: Picture, server_id: str, id: str, free: float, idle: float, dice: random.Random) -> None:
+    found.of_server.setdefault(server_id, []).append(id)
     found.workers[id] = WorkerRecord(
         worker_id=id, server_id=server_id, phase=Phase.READY, pid=1, device="cuda", device_name="",
         memory_total_bytes=80 * GB, memory_used_bytes=0, max_replicas=8,

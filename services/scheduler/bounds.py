@@ -132,21 +132,19 @@ class Bounds:
             row, worker = columns.workers.get(id), view.workers.get(id)
             if row is None or worker is None:
                 continue
-            self._free_bytes[row] = worker.memory_total_bytes - view.used_bytes(id, owner)
-            self._places[row] = worker.max_replicas - view.replica_count(id, owner)
+            self._free_bytes[row] = worker.memory_total_bytes - view.used_bytes(id, but_for=owner)
+            self._places[row] = worker.max_replicas - view.replica_count(id, but_for=owner)
             server = view.servers.get(worker.server_id)
             if server is not None:
-                used = max(
-                    view.pool_used_bytes(server.server_id, owner), view.pool_leased_bytes(server.server_id, self._now)
-                )  # fmt: skip
+                used = view.pool_used_bytes(server.server_id, self._now, but_for=owner)
                 self._pool_free[self._at[row]] = server.dram_capacity_bytes - used
 
     def _look_at_servers(self) -> None:
         """The tier, whether it streams, whether the pool is short; the memory that each kind of device needs."""
         ask, view, columns, need = self._ask, self._view, self._columns, self._ask.need
         ids, size = columns.servers.ids, self._servers
-        on_ssd = self._server_rows(view.ssd_holders(need.key))
-        in_dram = self._server_rows(view.dram_holders(need.key))
+        on_ssd = self._server_rows(view.ssd_holders(need.key, need.weight_bytes))
+        in_dram = self._server_rows(view.dram_holders(need.key, need.weight_bytes))
         lent = any(columns.up[row] and view.servers[ids[row]].peer_url for row in on_ssd)
         self._tier = np.full(size, TIERS.index("peer" if lent else "remote"), np.int64)
         self._tier[on_ssd] = TIERS.index("ssd")
@@ -158,7 +156,7 @@ class Bounds:
         self._pool_short[in_dram] = False
         owner = ask.owner or need.deployment
         for row in np.flatnonzero(self._pool_short & columns.up[:size]).tolist():
-            self._pool_short[row] = not view.holds(ids[row], need.key, owner)
+            self._pool_short[row] = not view.holds(ids[row], need.key, but_for=owner)
         light = -(-need.kv_bytes // ask.devices)
         full = -(-(need.kv_bytes + need.weight_bytes) // ask.devices)
         by_device = [np.where(self._streams, full, light if name == "cpu" else full) for name in self._devices]

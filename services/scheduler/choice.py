@@ -164,10 +164,7 @@ class _Search:
     def _look_at_server(self, id: str, below_min: bool, limit_s: float) -> _Found | None:
         """The workers of a server that are free soonest, as many as are needed; one plan for all of them."""
         ask, view = self._ask, self._view
-        row = view.columns.servers.get(id)
-        assert row is not None
-        workers = [view.workers[view.columns.workers.ids[at]] for at in view.columns.rows_on(row)]
-        workers = [one for one in workers if one.worker_id != ask.away_from]
+        workers = [view.workers[one] for one in view.workers_on(id) if one != ask.away_from]
         choices: list[tuple[tuple[object, ...], WorkerRecord, Fit]] = []
         for worker in workers:
             place = fit(ask, view, worker, self._present, self._now)
@@ -200,12 +197,8 @@ class _Search:
         short_pool_bytes = max(place.short_pool_bytes for place in places)
         server_id, near = workers[0].server_id, list[str]()
         if short_pool_bytes > 0:
-            row = self._view.columns.servers.get(server_id)
             own = [worker.worker_id for worker in workers]
-            ids = [
-                self._view.columns.workers.ids[at] for at in self._view.columns.rows_on(row if row is not None else -1)
-            ]
-            near = [id for id in ids if id not in own]
+            near = [id for id in self._view.workers_on(server_id) if id not in own]
         place = Place(
             tuple(worker.worker_id for worker in workers),
             server_id,
@@ -225,7 +218,7 @@ class _Search:
         room = plan.room if plan is not None else RoomPlan()
         candidate = replace(candidate, startup=replace(startup, room_s=room.seconds), room=room)
         worst = plan.worst if plan is not None else NOTHING
-        replicas = view.replica_count(ids[0], self._ask.owner or need.deployment)
+        replicas = view.replica_count(ids[0], but_for=self._ask.owner or need.deployment)
         order = ordering(TIERS.index(candidate.tier), candidate.streams, replicas)
         if worst == STOP:
             order = plan.key[-1] if plan is not None else 0
@@ -273,7 +266,9 @@ class _Search:
         """Whether a server that has it on SSD gives it to others."""
         if self._lent is None:
             servers = self._view.servers
-            holders = (servers.get(id) for id in self._view.ssd_holders(self._ask.need.key))
+            holders = (
+                servers.get(id) for id in self._view.ssd_holders(self._ask.need.key, self._ask.need.weight_bytes)
+            )
             self._lent = any(one is not None and one.phase is Phase.READY and one.peer_url != "" for one in holders)
         return self._lent
 

@@ -18,6 +18,7 @@ from services.scheduler.view import TIERS, View, labels_of
 from shared.contracts.records import Phase
 
 FIRST_ROWS: Final = 64
+MOST_UNUSED: Final = 256  # sets of labels that are remembered though nobody has them
 
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
@@ -210,8 +211,7 @@ class Columns:
         self.dram_bytes[row] = record.dram_capacity_bytes
         self.ssd_bytes[row] = record.ssd_capacity_bytes
         self.chunk_bytes[row] = max(1, record.chunk_bytes)
-        used = max(view.pool_used_bytes(id), view.pool_leased_bytes(id, now))
-        self.pool_bytes[row] = record.dram_capacity_bytes - used
+        self.pool_bytes[row] = record.dram_capacity_bytes - view.pool_used_bytes(id, now)
         for tier, name in enumerate(TIERS):
             self.free_at[row, tier] = now + view.estimator.wait_s(id, name, now)
             self.byte_s[row, tier] = 1.0 / view.estimator.bandwidth(id, name)
@@ -272,6 +272,14 @@ class Columns:
         if self._labelled.get(row) != said:
             self._labelled[row] = said
             self.labels[row] = self.label_sets.number(tuple(sorted(labels_of(server, worker).items())))
+            if len(self.label_sets.values) > max(MOST_UNUSED, 2 * len(self.workers)):
+                self._renumber()
+
+    def _renumber(self) -> None:
+        """Forget the sets of labels that nobody has any more."""
+        before, self.label_sets = self.label_sets.values, Classes()
+        for row in np.flatnonzero(self.there).tolist():
+            self.labels[row] = self.label_sets.number(before[self.labels[row]])
 
     def _put_tenants(self, row: int, tenants: Sequence[Tenant], now: float) -> None:
         idle_bytes, idle_places, idle_s, parkable = 0, 0, 0.0, False

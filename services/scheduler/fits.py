@@ -67,7 +67,7 @@ def never_fits(
 def fit(ask: Ask, view: View, worker: WorkerRecord, present: frozenset[str], now: float) -> Fit:
     """How this worker is placed for the question."""
     need, id, owner = ask.need, worker.worker_id, ask.owner or ask.need.deployment
-    free = worker.memory_total_bytes - view.used_bytes(id, owner)
+    free = worker.memory_total_bytes - view.used_bytes(id, but_for=owner)
     server = view.servers.get(worker.server_id)
     if server is None:
         return Fit(f"server {worker.server_id} is gone", free_bytes=free)
@@ -87,7 +87,7 @@ def fit(ask: Ask, view: View, worker: WorkerRecord, present: frozenset[str], now
     memory = memory_on(
         worker, need, streams=streams_on(server, need.key, need.weight_bytes), devices=ask.devices
     )  # fmt: skip
-    replicas = max(0, view.replica_count(id, owner) + 1 - worker.max_replicas)
+    replicas = max(0, view.replica_count(id, but_for=owner) + 1 - worker.max_replicas)
     lacks = max(0, memory - free)
     pool = _short_pool_bytes(need, view, server, owner, now)
     if replicas:
@@ -101,10 +101,10 @@ def fit(ask: Ask, view: View, worker: WorkerRecord, present: frozenset[str], now
 
 def _short_pool_bytes(need: Need, view: View, server: ServerRecord, owner: str, now: float) -> int:
     id = server.server_id
-    if streams_on(server, need.key, need.weight_bytes) or view.holds(id, need.key, owner):
+    if streams_on(server, need.key, need.weight_bytes) or view.holds(id, need.key, but_for=owner):
         return 0
-    used = max(view.pool_leased_bytes(id, now), view.pool_used_bytes(id, owner))
-    return max(0, pool_bytes(server, need.key, need.weight_bytes) - (server.dram_capacity_bytes - used))
+    free = server.dram_capacity_bytes - view.pool_used_bytes(id, now, but_for=owner)
+    return max(0, pool_bytes(server, need.key, need.weight_bytes) - free)
 
 
 def able_servers(

@@ -79,29 +79,29 @@ class View(Protocol):
     def changed_servers(self) -> Iterable[str]:
         """Servers whose record, pool, load queue or learnt speeds have changed since this was last asked."""
 
-    def used_bytes(self, worker_id: str, but_for: str = "") -> int:
+    def workers_on(self, server_id: str) -> Sequence[str]:
+        """The workers of a server, by id."""
+
+    def used_bytes(self, worker_id: str, *, but_for: str = "") -> int:
         """Memory of a worker that replicas, commands and rooms take."""
 
-    def replica_count(self, worker_id: str, but_for: str = "") -> int:
+    def replica_count(self, worker_id: str, *, but_for: str = "") -> int:
         """Replicas on a worker, commands and rooms included."""
 
-    def pool_used_bytes(self, server_id: str, but_for: str = "") -> int:
-        """DRAM pool of a server that cannot be evicted, by the scheduler's own sums."""
-
-    def pool_leased_bytes(self, server_id: str, now: float) -> int:
-        """The same by the store's word."""
+    def pool_used_bytes(self, server_id: str, now: float, *, but_for: str = "") -> int:
+        """DRAM pool of a server that cannot be evicted: promised, or leased as its store says."""
 
     def pool_freed_bytes(self, server_id: str, replica_ids: Sequence[str]) -> int:
         """How much of it can be evicted once all of these replicas have left."""
 
-    def holds(self, server_id: str, key: str, but_for: str = "") -> bool:
+    def holds(self, server_id: str, key: str, *, but_for: str = "") -> bool:
         """Whether somebody on this server keeps the checkpoint in DRAM already, and is not leaving to make room."""
 
-    def dram_holders(self, key: str) -> Sequence[str]:
-        """Servers that have the whole checkpoint in DRAM, by id."""
+    def dram_holders(self, key: str, weight_bytes: int = 1) -> Sequence[str]:
+        """Servers that have the whole checkpoint, so large, in DRAM, by id."""
 
-    def ssd_holders(self, key: str) -> Sequence[str]:
-        """Servers that have the whole checkpoint on SSD, by id."""
+    def ssd_holders(self, key: str, weight_bytes: int = 1) -> Sequence[str]:
+        """Servers that have the whole checkpoint, so large, on SSD, by id."""
 
     def tenants(self, worker_id: str) -> Sequence[Tenant]:
         """The replicas of a worker that could be made to leave, by id: none that is leaving already or that loads.

@@ -124,33 +124,29 @@ class FakeView:
             one.tenant.key: one.held_bytes for one in there if one.held_bytes and one.tenant.replica_id not in without
         }
 
-    def used_bytes(self, worker_id: str, but_for: str = "") -> int:
+    def workers_on(self, server_id: str) -> Sequence[str]:
+        return [id for id, one in sorted(self.workers.items()) if one.server_id == server_id]
+
+    def used_bytes(self, worker_id: str, *, but_for: str = "") -> int:
         return sum(one.tenant.memory_bytes for one in self._on(worker_id, but_for))
 
-    def replica_count(self, worker_id: str, but_for: str = "") -> int:
+    def replica_count(self, worker_id: str, *, but_for: str = "") -> int:
         return len(self._on(worker_id, but_for))
 
-    def pool_used_bytes(self, server_id: str, but_for: str = "") -> int:
-        return sum(self._keys(server_id, but_for).values())
-
-    def pool_leased_bytes(self, server_id: str, now: float) -> int:
-        return self.servers[server_id].leased_bytes
+    def pool_used_bytes(self, server_id: str, now: float, *, but_for: str = "") -> int:
+        return max(self.servers[server_id].leased_bytes, sum(self._keys(server_id, but_for).values()))
 
     def pool_freed_bytes(self, server_id: str, replica_ids: Sequence[str]) -> int:
-        return self.pool_used_bytes(server_id) - sum(self._keys(server_id, without=replica_ids).values())
+        return sum(self._keys(server_id).values()) - sum(self._keys(server_id, without=replica_ids).values())
 
-    def holds(self, server_id: str, key: str, but_for: str = "") -> bool:
+    def holds(self, server_id: str, key: str, *, but_for: str = "") -> bool:
         return key in self._keys(server_id, but_for)
 
-    def _holders(self, key: str, tier: str) -> list[str]:
-        weight = {ask.need.key: ask.need.weight_bytes for ask in self.asks.values()}.get(key, 1)
-        return [id for id, one in sorted(self.servers.items()) if getattr(one, tier).get(key, 0) >= max(1, weight)]
+    def dram_holders(self, key: str, weight_bytes: int = 1) -> Sequence[str]:
+        return [id for id, one in sorted(self.servers.items()) if one.dram.get(key, 0) >= max(1, weight_bytes)]
 
-    def dram_holders(self, key: str) -> Sequence[str]:
-        return self._holders(key, "dram")
-
-    def ssd_holders(self, key: str) -> Sequence[str]:
-        return self._holders(key, "ssd")
+    def ssd_holders(self, key: str, weight_bytes: int = 1) -> Sequence[str]:
+        return [id for id, one in sorted(self.servers.items()) if one.ssd.get(key, 0) >= max(1, weight_bytes)]
 
     def tenants(self, worker_id: str) -> Sequence[Tenant]:
         return [

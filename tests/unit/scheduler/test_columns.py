@@ -136,6 +136,20 @@ def test_columns_grow_with_the_cluster() -> None:
     assert view.columns.servers.ids[view.columns.server[row]] == "s149"
 
 
+def test_labels_that_nobody_has_any_more_are_forgotten() -> None:
+    view, _ = read(WORDS)
+    view.columns.refresh(view, NOW)
+    for number in range(1000):
+        view.workers["a0"] = msgspec.structs.replace(view.workers["a0"], labels={"seen": str(number)})
+        view.changed = (["a0"], [])
+        view.columns.refresh(view, NOW)
+    assert len(view.columns.label_sets.values) <= 300
+    row, other = view.columns.workers.get("a0"), view.columns.workers.get("a1")
+    assert row is not None and other is not None
+    assert ("seen", "999") in view.columns.label_sets.values[view.columns.labels[row]]
+    assert ("gpu", "h200") in view.columns.label_sets.values[view.columns.labels[other]]
+
+
 def test_ranks_follow_the_order_of_ids() -> None:
     view, _ = read(WORDS)
     view.columns.refresh(view, NOW)

@@ -71,7 +71,7 @@ def scene(seed: int) -> tuple[FakeView, Ask]:
         if (
             view.used_bytes(worker.worker_id) > worker.memory_total_bytes
             or view.replica_count(worker.worker_id) > worker.max_replicas
-            or view.pool_used_bytes(server) > view.servers[server].dram_capacity_bytes
+            or view.pool_used_bytes(server, NOW) > view.servers[server].dram_capacity_bytes
             or len(same) > 1
         ):
             del view.replicas[id]
