@@ -11,9 +11,11 @@ from typing import Final
 
 ODD: Final = 2.0  # a figure is odd if it is this many times what is known, or as small a part of it
 CLIP: Final = 4.0  # an odd figure is not taken for more than this many times what is known
-PLAIN_WEIGHT: Final = 0.3  # of the newest figure
+PLAIN_WEIGHT: Final = 0.2  # of the newest figure
 SHY_WEIGHT: Final = 0.1  # of an odd one
-SURE_WEIGHT: Final = 0.8  # of the second odd one in a row on the same side: it has changed
+SURE_WEIGHT: Final = 0.6  # of the second odd one in a row on the same side: it has changed
+FEW: Final = 3  # so many figures do not say yet what is odd
+LEAST: Final = 1e-6  # seconds, or whatever a figure is
 KEPT: Final = 0.85  # of the weight of what a fit knows, at every new point
 KEPT_OF_CHANGED: Final = 0.1  # the same, at the second odd point in a row on the same side
 BELIEF: Final = 0.1  # the weight of what is believed before the first point
@@ -21,32 +23,36 @@ SMALL: Final = 0.05  # of the scale: errors grow with x from there on, and count
 
 
 class Level:
-    """An exponentially weighted mean of positive figures. `value` is None before the first."""
+    """An exponentially weighted mean of figures, None before the first.
 
-    __slots__ = ("_odd", "value")
+    It is the geometric mean: now and then something takes far longer than it should, never far less, and what is most
+    often right is the middle.
+    """
+
+    __slots__ = ("_figures", "_odd", "value")
 
     def __init__(self, value: float | None = None) -> None:
         self.value = value
+        self._figures = 0 if value is None else 1
         self._odd = 0
 
-    def learn(self, figure: float, share: float = 1.0) -> None:
-        """One more figure. `share` (0 … 1) is how much it says, compared to others."""
+    def learn(self, figure: float) -> None:
+        """One more figure, not negative."""
+        figure = max(figure, LEAST)
+        self._figures += 1
         if self.value is None:
             self.value = figure
             return
-        side = _side(figure, self.value)
+        side = _side(figure, self.value) if self._figures > FEW else 0
         if side == 0:
-            weight = PLAIN_WEIGHT
+            weight = max(PLAIN_WEIGHT, 1.0 / self._figures)
         elif side == self._odd:
-            weight = SURE_WEIGHT
+            weight, self._figures = SURE_WEIGHT, 1  # it has changed: what comes next counts as at the beginning
         else:
             weight = SHY_WEIGHT
             figure = min(max(figure, self.value / CLIP), self.value * CLIP)
-        if share >= 0.5:  # what says little confirms nothing either
-            self._odd = side
-        elif side:
-            weight = min(weight, PLAIN_WEIGHT)
-        self.value += weight * share * (figure - self.value)
+        self._odd = side
+        self.value *= (figure / self.value) ** weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +88,7 @@ class Fit:
     def learn(self, x: float, y: float) -> None:
         """One more point; x in units of `scale`'s, both not negative."""
         known = self.line.at(x)
-        side = _side(y, known) if self.points else 0
+        side = _side(y, known) if self.points >= FEW else 0
         weight, kept = 1.0, KEPT
         if side and side == self._odd:
             kept = KEPT_OF_CHANGED

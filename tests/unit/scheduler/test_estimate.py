@@ -419,9 +419,9 @@ def test_measured_prefills_say_what_a_token_costs() -> None:
 
 def test_stops_are_learnt() -> None:
     estimator = Estimator(Priors())
-    for _ in range(8):
+    for _ in range(12):
         estimator.stopped(0.4)
-    assert estimator.stop_s() == pytest.approx(0.4, rel=0.05)
+    assert estimator.stop_s() == pytest.approx(0.4, rel=0.1)
 
 
 # -- its own error
