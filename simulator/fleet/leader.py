@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from services.scheduler import events as e
 from services.scheduler.core import Core
 from shared.contracts.migration import MigrationEnded
-from shared.contracts.placement import LoadReplica, ReplicaFailed, ReplicaLoaded
+from shared.contracts.placement import LoadReplica, ReplicaFailed, ReplicaLoaded, StopReplica
 from shared.errors import Code, Failure
 from simulator.fleet.replica import LoadTimes
 from simulator.kernel import Timer
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 NO_ANSWER: Final = Failure(code=Code.UNAVAILABLE, message="The worker did not answer in time.")
 AWAY: Final = Failure(code=Code.UNAVAILABLE, message="The registry does not answer.")
+LOAD_TRIES: Final = 3  # as the scheduler's service has it
+ROOM: Final = frozenset({"placement.evicted", "placement.cleared"})  # from now on room is made
 GIVE_UP_S: Final = 1.0  # a look at a registry that is away fails after this
 
 
@@ -122,7 +126,7 @@ class Leader:
                 self._migrate(action)
             case e.Note(name, facts):
                 world.counters.notes[name] = world.counters.notes.get(name, 0) + 1
-                if name == "placement.evicted" or name.startswith("room."):
+                if name in ROOM:
                     self._room_at.setdefault(str(facts["deployment"]), world.kernel.now)
             case e.Oriented():
                 self.oriented = True
@@ -156,8 +160,10 @@ class Leader:
 
     def _load(self, worker_id: str, message: LoadReplica, demanded_at: float) -> None:
         world, now = self.world, self.world.kernel.now
-        worker = world.workers[worker_id]
+        worker, tries = world.workers[worker_id], LOAD_TRIES
+        message = msgspec.structs.replace(message, decision_s=max(0.0, now - demanded_at), term=self.term)
         room_at = self._room_at.pop(message.deployment, now)
+        world.counters.swaps += room_at < now
         times = LoadTimes(wanted_at=min(demanded_at, now), room_at=min(room_at, now), commanded_at=now)
 
         def told(failure: Failure | None) -> None:
@@ -165,21 +171,27 @@ class Leader:
             answer = event or e.LoadRefused(message.replica_id, failure or NO_ANSWER)
             world.bus.ask(lambda: self.handle(answer), lost)
 
-        def lost() -> None:
-            self.handle(e.LoadRefused(message.replica_id, NO_ANSWER))
+        def lost() -> None:  # it is asked again: a worker that has it already says so
+            nonlocal tries
+            tries -= 1
+            if tries and self.alive:
+                world.bus.ask(arrive, lost)
+            else:
+                self.handle(e.LoadRefused(message.replica_id, NO_ANSWER))
 
         def arrive() -> None:
             if worker.alive:
                 worker.load(message, times, told)
             else:
-                told(NO_ANSWER)
+                self.handle(e.LoadRefused(message.replica_id, NO_ANSWER))
 
         world.bus.ask(arrive, lost)
 
-    def _stop(self, worker_id: str, message: object) -> None:
+    def _stop(self, worker_id: str, message: StopReplica) -> None:
         world = self.world
         worker = world.workers[worker_id]
-        id = message.replica_id  # type: ignore[attr-defined]
+        message = msgspec.structs.replace(message, term=self.term)
+        id = message.replica_id
         world.counters.stops += 1
 
         def told(failure: Failure | None) -> None:
@@ -191,7 +203,7 @@ class Leader:
 
         def arrive() -> None:
             if worker.alive:
-                worker.stop(message, told)  # type: ignore[arg-type]
+                worker.stop(message, told)
             else:
                 told(NO_ANSWER)
 
@@ -200,12 +212,13 @@ class Leader:
     def _migrate(self, action: e.CommandMigrate) -> None:
         world = self.world
         worker = world.workers[action.worker_id]
+        message = msgspec.structs.replace(action.message, term=self.term)
 
         def lost() -> None:
             self.handle(e.MigrateRefused(action.move_id, action.leg, NO_ANSWER))
 
         def arrive() -> None:
-            chosen = worker.migrate(action.message) if worker.alive else NO_ANSWER
+            chosen = worker.migrate(message) if worker.alive else NO_ANSWER
             answer: e.Event
             if isinstance(chosen, Failure):
                 answer = e.MigrateRefused(action.move_id, action.leg, chosen)

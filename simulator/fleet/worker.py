@@ -144,7 +144,6 @@ class Worker:
         told(None)
         self.world.registry.put("replica", replica.id, replica)
         self.changed()
-        self.world.loading(replica)
         self._acquire(replica)
 
     def refusal_of(self, share_bytes: int) -> Failure | None:

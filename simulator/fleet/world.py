@@ -88,7 +88,6 @@ class World:
         self.replica_failures = 0.0
         self._migrations = 0
         self._checks = 0
-        self._occupied: Final[dict[str, str]] = {}
         self._limit_armed = False
 
     # -- requests
@@ -222,13 +221,6 @@ class World:
             self.bus.tell(lambda: leader.migration_ended(message))
 
     # -- loads
-
-    def loading(self, replica: Replica) -> None:
-        """A worker begins to load: whether it is a swap."""
-        id, name = replica.worker.id, replica.message.deployment
-        if self._occupied.get(id, name) != name:
-            self.counters.swaps += 1
-        self._occupied[id] = name
 
     def accessed(self, server: Server, message: LoadReplica) -> None:
         """A load asks a store for its bytes."""
