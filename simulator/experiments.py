@@ -46,26 +46,22 @@ TITLES: Final = {
 PAPER: Final = Setting(wish=Wish(popularity="uniform"), target_concurrency=1)
 MODELS: Final = ("opt-6.7b:32", "opt-13b:16", "opt-30b:8")
 LENGTHS: Final = ("gsm8k", "sharegpt")
+NOON_S: Final = 43200.0
 RATES: Final = (0.2, 0.5, 0.8, 1.1, 1.4, 2.0)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is run: `quick` is a smoke run whose figures mean little."""
+    """How much is run: `rates` (requests per second) and `duration_s` are those of generated workloads."""
 
-    seeds: int
+    seeds: int = 10
+    rates: Sequence[float] = RATES
+    duration_s: float = 1800.0
     quick: bool = False
     processes: int = 1
 
-    @property
-    def duration_s(self) -> float:
-        """Of a generated workload."""
-        return 300.0 if self.quick else 1800.0
 
-    @property
-    def rates(self) -> Sequence[float]:
-        """Requests per second."""
-        return RATES[:1] if self.quick else RATES
+QUICK: Final = Scale(seeds=2, rates=RATES[:1], duration_s=300.0, quick=True)
 
 
 @dataclass
@@ -150,7 +146,10 @@ def azure(bench: Bench) -> str:
     rows: list[list[str]] = []
     quick = bench.scale.quick
     cases = (
-        ("Azure Functions 2019, an hour", Wish(workload="azure-functions", duration_s=300.0 if quick else 3600.0)),
+        (
+            "Azure Functions 2019, an hour at noon",
+            Wish(workload="azure-functions", from_s=NOON_S, duration_s=300.0 if quick else 3600.0),
+        ),
         ("Azure LLM code", Wish(workload="azure-code", duration_s=120.0 if quick else None)),
         ("Azure LLM conversation", Wish(workload="azure-conv", duration_s=60.0 if quick else None)),
     )
@@ -176,7 +175,10 @@ def belady(bench: Bench) -> str:
     rows: list[list[str]] = []
     workloads = (
         ("gamma, CV 8", Wish(rate=1.0, duration_s=bench.scale.duration_s)),
-        ("Azure Functions", Wish(workload="azure-functions", duration_s=300.0 if bench.scale.quick else 3600.0)),
+        (
+            "Azure Functions",
+            Wish(workload="azure-functions", from_s=NOON_S, duration_s=300.0 if bench.scale.quick else 3600.0),
+        ),
     )
     mixed = "opt-6.7b:32,opt-13b:16"
     for title, wish in workloads:
@@ -261,12 +263,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--quick", action="store_true", help="a smoke run whose figures mean little")
     parser.add_argument("--seeds", type=int, help="how many (10; quick: 2)")
+    parser.add_argument("--rates", help="requests per second of the paper's experiment, such as 0.8,1.4")
+    parser.add_argument("--duration", type=float, help="seconds of a generated workload (1800; quick: 300)")
     parser.add_argument("--processes", type=int, default=1, help="runs at the same time, at most 2 (%(default)s)")
     parser.add_argument("--into", type=Path, help="a document whose marked part is replaced")
     parser.add_argument("--json", type=Path, help="keeps every run")
     chosen = parser.parse_args(arguments)
-    seeds = max(1, chosen.seeds or (2 if chosen.quick else 10))
-    bench = Bench(Scale(seeds, quick=chosen.quick, processes=chosen.processes))
+    scale = replace(QUICK if chosen.quick else Scale(), processes=chosen.processes)
+    try:
+        if chosen.seeds:
+            scale = replace(scale, seeds=max(1, chosen.seeds))
+        if chosen.rates:
+            scale = replace(scale, rates=tuple(float(rate) for rate in chosen.rates.split(",")))
+        if chosen.duration:
+            scale = replace(scale, duration_s=chosen.duration)
+    except ValueError:
+        parser.error("--rates are numbers between commas")
+    bench = Bench(scale)
     began = time.monotonic()
     try:
         text = EXPERIMENTS[chosen.experiment](bench)
@@ -274,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{error}", file=sys.stderr)
         return 1
     took_s = time.monotonic() - began
-    text += f"\n\n`python -m simulator.experiments {chosen.experiment}`: {len(bench.runs)} runs, {seeds} seeds, digest"
+    text += f"\n\n`python -m simulator.experiments {chosen.experiment}`: {len(bench.runs)} runs, {scale.seeds} seeds, digest"
     text += f" `{digest(bench.runs)}`, {took_s / 60:.0f} min."
     print(text)
     if chosen.json:
