@@ -11,6 +11,7 @@ from services.scheduler import events as e
 from services.scheduler.core import Core
 from shared.contracts.migration import MigrationEnded
 from shared.contracts.placement import LoadReplica, ReplicaFailed, ReplicaLoaded, StopReplica
+from shared.contracts.residency import Done, Prefetch
 from shared.errors import Code, Failure
 from simulator.fleet.replica import LoadTimes
 from simulator.kernel import Timer
@@ -124,6 +125,8 @@ class Leader:
                 self._stop(worker_id, message)
             case e.CommandMigrate():
                 self._migrate(action)
+            case e.CommandPrefetch(server_id, message):
+                self._prefetch(server_id, message)
             case e.Note(name, facts):
                 world.counters.notes[name] = world.counters.notes.get(name, 0) + 1
                 if name in ROOM:
@@ -227,3 +230,29 @@ class Leader:
             world.bus.ask(lambda: self.handle(answer), lost)
 
         world.bus.ask(arrive, lost)
+
+    def _prefetch(self, server_id: str, message: Prefetch) -> None:
+        """Have a store bring a checkpoint: a long poll, until it is done or refused."""
+        world = self.world
+        server = world.servers[server_id]
+        id, tier = message.checkpoint_id, message.tier
+
+        def refused(failure: Failure) -> None:
+            self.handle(e.PrefetchRefused(server_id, id, tier, failure))
+
+        def answered(answer: object) -> None:
+            if isinstance(answer, Done):
+                world.counters.prefetches += 1
+                world.bus.ask(lambda: self.handle(e.PrefetchDone(server_id, id, tier)), lambda: refused(NO_ANSWER))
+            elif isinstance(answer, Failure):
+                world.bus.ask(lambda: refused(answer), lambda: refused(NO_ANSWER))
+            else:  # it takes longer
+                world.bus.ask(arrive, lambda: refused(NO_ANSWER))
+
+        def arrive() -> None:
+            if self.alive and server.alive:
+                server.store.prefetch(msgspec.structs.replace(message, term=self.term), answered)
+            else:
+                refused(NO_ANSWER)
+
+        world.bus.ask(arrive, lambda: refused(NO_ANSWER))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from services.scheduler.core import Core
 from services.scheduler.rules import Rules
+from simulator.fleet.baselines import Decide, RandomChoice, Shepherd, least_loaded
 from simulator.fleet.model import Hardware, Policy
 from simulator.kernel import Dice
 
@@ -23,5 +25,29 @@ def prepared(policy: Policy, hardware: Hardware) -> tuple[Hardware, str]:
 
 
 def core_of(policy: Policy, rules: Rules, term: int, dice: Dice) -> Core:
-    """A scheduler's core that decides by this policy."""
-    return Core(rules, instance=f"l{term}x")
+    """A scheduler's core that decides by this policy.
+
+    The baselines have no time slices and bring nothing ahead of demand: these are Hearth's own ideas.
+    """
+    instance = f"l{term}x"
+    if policy is Policy.HEARTH:
+        return Core(rules, instance=instance)
+    if policy is Policy.NO_MIGRATION:
+        return Core(dataclasses.replace(rules, migrates=False), instance=instance)
+    plain = dataclasses.replace(
+        rules,
+        migrates=False,
+        fairness=dataclasses.replace(rules.fairness, start_within_s=math.inf),
+        ahead=dataclasses.replace(rules.ahead, bytes_per_s=0.0),
+    )
+    return Core(plain, instance=instance, decide=_strategy(policy, dice))
+
+
+def _strategy(policy: Policy, dice: Dice) -> Decide:
+    match policy:
+        case Policy.RANDOM:
+            return RandomChoice(dice)
+        case Policy.SHEPHERD:
+            return Shepherd()
+        case _:
+            return least_loaded
