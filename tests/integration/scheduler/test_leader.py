@@ -27,7 +27,7 @@ from shared.fence import Fence
 from shared.lifecycle import run_service
 from shared.registry import Registry
 from shared.settings import SchedulerSettings
-from shared.subjects import DEMAND, LEADING, RECORD_CHANGED
+from shared.subjects import DEMAND, LEADING, LOAD, RECORD_CHANGED
 from tests.builders.servers import free_port, start_redis
 from tests.integration.scheduler.test_scheduler_service import FACTS, MIB, Machine, deployed, request, spec, until
 
@@ -62,11 +62,7 @@ class FencedMachine(Machine):
 
     async def write(self, ttl_s: float | None = 2.0) -> None:
         """Write all records of what is here."""
-        server = ServerRecord(
-            server_id="s1", phase=Phase.READY, host="h", pid=1, dram_capacity_bytes=100 * MIB, dram_used_bytes=0,
-            leased_bytes=0, ssd_capacity_bytes=1000 * MIB, ssd_used_bytes=0, ssd={"ck1": FACTS.weight_bytes},
-        )  # fmt: skip
-        await self.registry.put(server, ttl_s=ttl_s)
+        await self.registry.put(a_server(), ttl_s=None)
         await self.registry.put(a_worker("w1", "s1"), ttl_s=ttl_s)
         for _, message in self.loads:
             record = ReplicaRecord(
@@ -75,6 +71,14 @@ class FencedMachine(Machine):
             )  # fmt: skip
             await self.registry.put(record, ttl_s=ttl_s)
             self.bus.publish(RECORD_CHANGED, RecordChanged(kind="replica", id=record.replica_id), kind="replica")
+
+
+def a_server() -> ServerRecord:
+    """A server with the checkpoint on its SSD."""
+    return ServerRecord(
+        server_id="s1", phase=Phase.READY, host="h", pid=1, dram_capacity_bytes=100 * MIB, dram_used_bytes=0,
+        leased_bytes=0, ssd_capacity_bytes=1000 * MIB, ssd_used_bytes=0, ssd={"ck1": FACTS.weight_bytes},
+    )  # fmt: skip
 
 
 def a_worker(id: str, server_id: str) -> WorkerRecord:
@@ -314,6 +318,35 @@ async def test_a_worker_that_registers_while_a_request_waits_gets_it(
         bus.publish(RECORD_CHANGED, RecordChanged(kind="worker", id="w1"), kind="worker")
         await until(lambda: len(machine.loads) == 1, "load")
         print(f"a late joiner's record → its first load: {(machine.loads[0][0] - joined_at) * 1000:.0f} ms")
+
+
+async def test_the_work_of_a_worker_that_died_goes_elsewhere(
+    bus: Bus, registry: Registry, nats_url: str, redis_url: str, prefix: str
+) -> None:
+    machine = FencedMachine(bus, registry)
+    await machine.start()
+    await machine.write()
+    others: list[tuple[float, LoadReplica]] = []
+
+    def load(message: LoadReplica, reply: Reply[Done]) -> None:
+        others.append((time.monotonic(), message))
+        reply(Done())
+
+    await bus.serve(LOAD, load, worker_id="w2")
+    await bus.flush()
+    settings = SchedulerSettings(nats_url=nats_url, redis_url=redis_url, prefix=prefix, scheduler_id="s-1")
+    stopping = asyncio.Event()
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(run_service("scheduler", "s-1", settings, serve, stopping))
+        await leader(registry)
+        await deployed(bus, spec(min_replicas=1))
+        await until(lambda: len(machine.loads) == 1, "load")
+        await registry.put(a_worker("w2", "s1"), ttl_s=None)
+        await machine.write(settings.record_ttl_s)  # its last heartbeat
+        died_at = time.monotonic()
+        await until(lambda: len(others) == 1, "load elsewhere")
+        print(f"the last heartbeat of a worker → its work is commanded elsewhere: {others[0][0] - died_at:.2f} s")
+        stopping.set()
 
 
 async def test_a_scheduler_that_starts_before_redis_waits_for_it(
