@@ -287,8 +287,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{error}", file=sys.stderr)
         return 1
     took_s = time.monotonic() - began
-    text += f"\n\n`python -m simulator.experiments {chosen.experiment}`: {len(bench.runs)} runs, {scale.seeds} seeds, digest"
-    text += f" `{digest(bench.runs)}`, {took_s / 60:.0f} min."
+    text += f"\n\n`python -m simulator.experiments {chosen.experiment}`: {len(bench.runs)} runs, {scale.seeds} seeds,"
+    text += f" digest `{digest(bench.runs)}`, {took_s / 60:.0f} min."
     print(text)
     if chosen.json:
         chosen.json.write_text(json.dumps([_entry(run) for run in bench.runs]) + "\n", encoding="utf-8")
