@@ -622,14 +622,11 @@ class Cluster:
         """Replicas that a worker has or is promised."""
         return self.books.places(worker_id, self._server_of(worker_id), but_for=but_for)
 
-    def pool_used_bytes(self, server_id: str, now: float, *, but_for: str = "", freed_bytes: int = 0) -> int:
-        """Bytes of a server's DRAM pool that cannot be evicted: promised, or leased as its store says.
-
-        `freed_bytes` are leased by those whose leaving is being considered.
-        """
+    def pool_used_bytes(self, server_id: str, now: float, *, but_for: str = "") -> int:
+        """Bytes of a server's DRAM pool that cannot be evicted: promised, or leased as its store says."""
         server = self.servers.get(server_id)
-        leased = max(0, self.leased_bytes(server, now) - freed_bytes) if server is not None else 0
-        return max(leased, self.books.pool_bytes(server_id, but_for=but_for) - freed_bytes)
+        leased = self.leased_bytes(server, now) if server is not None else 0
+        return max(leased, self.books.pool_bytes(server_id, but_for=but_for))
 
     def holds(self, server_id: str, key: str, *, but_for: str = "") -> bool:
         """Whether some replica on this server keeps the checkpoint in DRAM, and is not leaving to make room."""

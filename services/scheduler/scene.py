@@ -87,38 +87,37 @@ class Scene:
         """See `View`."""
         return self._cluster.changed_servers()
 
-    def used_bytes(self, worker_id: str, but_for: str = "") -> int:
+    def workers_on(self, server_id: str) -> Sequence[str]:
+        """See `View`."""
+        return self._cluster.workers_on(server_id)
+
+    def used_bytes(self, worker_id: str, *, but_for: str = "") -> int:
         """See `View`."""
         return self._cluster.used_bytes(worker_id, but_for=but_for)
 
-    def replica_count(self, worker_id: str, but_for: str = "") -> int:
+    def replica_count(self, worker_id: str, *, but_for: str = "") -> int:
         """See `View`."""
         return self._cluster.replica_count(worker_id, but_for=but_for)
 
-    def pool_used_bytes(self, server_id: str, but_for: str = "") -> int:
+    def pool_used_bytes(self, server_id: str, now: float, *, but_for: str = "") -> int:
         """See `View`."""
-        return self._cluster.books.pool_bytes(server_id, but_for=but_for)
-
-    def pool_leased_bytes(self, server_id: str, now: float) -> int:
-        """See `View`."""
-        server = self._cluster.servers.get(server_id)
-        return self._cluster.leased_bytes(server, now) if server is not None else 0
+        return self._cluster.pool_used_bytes(server_id, now, but_for=but_for)
 
     def pool_freed_bytes(self, server_id: str, replica_ids: Sequence[str]) -> int:
         """See `View`."""
         return self._cluster.books.freed_bytes(server_id, replica_ids)
 
-    def holds(self, server_id: str, key: str, but_for: str = "") -> bool:
+    def holds(self, server_id: str, key: str, *, but_for: str = "") -> bool:
         """See `View`."""
         return self._cluster.holds(server_id, key, but_for=but_for)
 
-    def dram_holders(self, key: str) -> Sequence[str]:
+    def dram_holders(self, key: str, weight_bytes: int = 1) -> Sequence[str]:
         """See `View`."""
-        return self._cluster.dram_holders(key)
+        return self._cluster.dram_holders(key, weight_bytes)
 
-    def ssd_holders(self, key: str) -> Sequence[str]:
+    def ssd_holders(self, key: str, weight_bytes: int = 1) -> Sequence[str]:
         """See `View`."""
-        return self._cluster.ssd_holders(key)
+        return self._cluster.ssd_holders(key, weight_bytes)
 
     def present(self, deployment: str) -> frozenset[str]:
         """See `View`."""
