@@ -80,6 +80,11 @@ class Bounds:
         never = self._never() & self._columns.ready[: self._workers] & self._columns.up[self._at]
         return bool(self.asked.any() and never[self.asked].all())
 
+    @property
+    def idle(self) -> bool:
+        """Whether anybody who runs nothing is in the way."""
+        return bool(len(self._short_rows)) or bool((self._columns.idle_places[self._open] > 0).any())
+
     def places(self, many: int = MOST_LOOKS) -> list[Unit]:
         """The places that are worth a close look, best bound first, `many` at most."""
         if self._ask.devices > 1:

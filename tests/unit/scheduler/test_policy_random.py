@@ -213,6 +213,8 @@ def test_what_is_decided_can_be_done(seed: int, devices: int) -> None:
     ask = over_two(view, ask) if devices > 1 else ask
     decision = decide(ask, view, NOW)
     assert decision == decide(ask, view, NOW), "the same question has the same answer"
+    briefly = decide(ask, view, NOW, explain=False)
+    assert (briefly.outcome, briefly.chosen) == (decision.outcome, decision.chosen)
     for one in decision.candidates:
         if one.refused:
             continue
