@@ -186,7 +186,7 @@ def measure(shape: tuple[int, int, int], state: str, decisions: int, seed: int, 
     return {
         "servers": shape[0], "devices": shape[0] * shape[1], "deployments": shape[2], "state": state,
         "explained": explain, "decisions": decisions, "median_ms": percentile(took, 50), "p99_ms": percentile(took, 99),
-        "most_ms": max(took),         "wall_median_ms": percentile(wall, 50), "wall_p99_ms": percentile(wall, 99),
+        "most_ms": max(took), "wall_median_ms": percentile(wall, 50), "wall_p99_ms": percentile(wall, 99),
         "first_refresh_ms": first_ms, "outcomes": outcomes,
     }  # fmt: skip
 
