@@ -196,8 +196,14 @@ async def test_a_killed_process_loses_no_request(
             while await operator.registry.get(WorkerRecord, "victim") is None:
                 await asyncio.sleep(0.05)
         await operator.load("victim", "r1")
+        process.send_signal(signal.SIGSTOP)
         await operator.ask("q1", max_tokens=30_000)
-        await gateway.until(lambda: gateway.tokens.get("q1"))
+        async with asyncio.timeout(60):
+            while not gateway.tokens.get("q1"):  # a little at a time, or it is over before anybody looks
+                process.send_signal(signal.SIGCONT)
+                await asyncio.sleep(0.02)
+                process.send_signal(signal.SIGSTOP)
+                await asyncio.sleep(0.02)
     finally:
         process.send_signal(signal.SIGKILL)
         await process.wait()
