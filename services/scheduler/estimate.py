@@ -336,7 +336,7 @@ class Estimator:
             return self._resume.line
         common = self._resume.line
         slope = known.prefill_token.value
-        known.resume.belief = Straight(common.slope if slope is None else slope, common.base)
+        known.resume.believe(Straight(common.slope if slope is None else slope, common.base))
         return known.resume.line
 
     def errors(self) -> Errors:

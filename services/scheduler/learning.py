@@ -19,6 +19,7 @@ LEAST: Final = 1e-6  # seconds, or whatever a figure is
 KEPT: Final = 0.85  # of the weight of what a fit knows, at every new point
 KEPT_OF_CHANGED: Final = 0.1  # the same, at the second odd point in a row on the same side
 BELIEF: Final = 0.1  # the weight of what is believed before the first point
+BELIEF_LEAST: Final = 0.002  # the same after many; never nothing, or points of one x only would be no line
 SMALL: Final = 0.05  # of the scale: errors grow with x from there on, and count by what part of it they are
 
 
@@ -75,10 +76,11 @@ class Fit:
     base is, large ones the slope, and neither spoils the other.
     """
 
-    __slots__ = ("_belief_weight", "_odd", "_scale", "_sums", "belief", "points")
+    __slots__ = ("_belief", "_belief_weight", "_line", "_odd", "_scale", "_sums", "points")
 
     def __init__(self, belief: Straight, scale: float) -> None:
-        self.belief = belief
+        self._belief = belief
+        self._line: Straight | None = belief
         self.points = 0
         self._belief_weight = BELIEF
         self._scale = scale
@@ -97,14 +99,26 @@ class Fit:
             y = min(max(y, known / CLIP), known * CLIP)
         self._odd = side
         self.points += 1
-        self._belief_weight *= KEPT
+        self._belief_weight = max(BELIEF_LEAST, KEPT * self._belief_weight)
+        self._line = None
         self._sums = _added(tuple(kept * one for one in self._sums), weight, x / self._scale, y)
+
+    def believe(self, belief: Straight) -> None:
+        """What is believed besides the points is this now."""
+        if belief != self._belief:
+            self._belief = belief
+            self._line = None
 
     @property
     def line(self) -> Straight:
         """The present line."""
+        if self._line is None:
+            self._line = self._fitted()
+        return self._line
+
+    def _fitted(self) -> Straight:
         sums = self._sums
-        for x, y in ((0.0, self.belief.base), (1.0, self.belief.at(self._scale))):
+        for x, y in ((0.0, self._belief.base), (1.0, self._belief.at(self._scale))):
             sums = _added(sums, self._belief_weight, x, y)
         n, sx, sy, sxx, sxy = sums
         slope = (n * sxy - sx * sy) / (n * sxx - sx * sx)

@@ -53,7 +53,7 @@ def test_a_fit_finds_base_and_slope() -> None:
 
 def test_points_of_one_size_do_not_tilt_it() -> None:
     fit = Fit(Straight(1.0, 0.1), 10.0)
-    for _ in range(20):
+    for _ in range(500):
         fit.learn(10.0, 20.1)
     assert fit.line.at(10.0) == pytest.approx(20.1, rel=0.02)
     assert 0.0 < fit.line.at(0.0) < fit.line.at(5.0) < fit.line.at(20.0)
