@@ -124,6 +124,13 @@ class Leader:
             await asyncio.sleep(0)  # the lease may have run out a moment before the machine says so
         return self.machine.term
 
+    async def confirmed(self) -> bool:
+        """Whether the registry still has the lease; one that has lost it may have lost what it was just asked for."""
+        event = await self._do(Renew(self.machine.term, self._clock()))
+        if isinstance(event, Lost):
+            self._driver.post(event)
+        return isinstance(event, Kept)
+
     def refused(self, failure: Failure) -> None:
         """Somebody answered a command with this failure: perhaps it has heard of a later leader."""
         if failure.code is Code.STALE_EPOCH and failure.term:

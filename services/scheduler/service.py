@@ -181,6 +181,9 @@ class Authority(Protocol):
     async def granted(self) -> int:
         """Wait until commands are allowed; the term that they carry."""
 
+    async def confirmed(self) -> bool:
+        """Whether the registry still says so, and so still knows what it knew."""
+
     def refused(self, failure: Failure) -> None:
         """A command was answered with this failure."""
 
@@ -385,7 +388,7 @@ class Service:
             view = await self._context.registry.view()
         except (HearthError, CodecError) as error:
             return RegistryUnread(_failure(error))
-        if self._authority.pauses != pauses:
+        if self._authority.pauses != pauses or not await self._authority.confirmed():
             return RegistryUnread(AWAY)
         return RegistryRead(view, action.asked_at)
 
