@@ -112,6 +112,19 @@ class SchedulerSettings(CommonSettings, frozen=True, kw_only=True):
         256 * 2**20
     )
 
+    start_within_s: Annotated[
+        float,
+        msgspec.Meta(ge=0),
+        _doc("seconds within which the oldest request of a deployment starts, whatever others do; 0: no promise"),
+    ] = 60.0
+    tenure_s: Annotated[Seconds, _doc("seconds for which a ready replica is not parked for another deployment")] = 5.0
+    migrate_for_placement: Annotated[bool, _doc("move running requests to make room for other models")] = True
+    prefetch_bytes_per_s: Annotated[
+        float,
+        msgspec.Meta(ge=0),
+        _doc("bytes per second that one server may move ahead of demand, on average; 0: nothing is prefetched"),
+    ] = 100e6
+
     @property
     def own_id(self) -> str:
         """The id that the operator gave to this service, or ""."""

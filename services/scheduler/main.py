@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 
+from services.scheduler.ahead import AheadRules
 from services.scheduler.core import Core
+from services.scheduler.fairness import FairnessRules
 from services.scheduler.leader import Leader
 from services.scheduler.rules import Rules
 from services.scheduler.service import Service
@@ -22,6 +25,12 @@ def rules_of(settings: SchedulerSettings) -> Rules:
         look_interval_s=settings.look_interval_s,
         command_s=settings.command_timeout_s,
         kv_bytes_max=settings.kv_bytes_max,
+        migrates=settings.migrate_for_placement,
+        fairness=FairnessRules(
+            start_within_s=settings.start_within_s or math.inf,
+            tenure_min_s=settings.tenure_s,
+        ),
+        ahead=AheadRules(bytes_per_s=settings.prefetch_bytes_per_s),
     )
 
 
