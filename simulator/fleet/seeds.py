@@ -96,7 +96,7 @@ def arrivals(dice: random.Random, specs: list[ModelSpec]) -> list[Arrival]:
     """Bursts and trickles."""
     found: list[Arrival] = []
     at_s, per_s = 0.0, dice.choice((0.2, 1.0, 4.0))
-    for _ in range(dice.choice((20, 60, 150))):
+    for _ in range(dice.choice((20, 40, 80))):
         at_s += dice.expovariate(per_s)
         name = specs[min(len(specs) - 1, int(dice.expovariate(3.0 / len(specs))))].name
         for _ in range(dice.choice((1, 1, 1, 5))):
