@@ -25,6 +25,7 @@ from services.scheduler.estimate import Estimator, Priors
 from services.scheduler.events import (
     Action,
     Answer,
+    CommandLoad,
     CommandPrefetch,
     DeleteAsked,
     DemandHinted,
@@ -367,6 +368,7 @@ class Core:
         load = cluster.loads.pop(event.replica_id, None)
         cluster.touched("replica", event.replica_id, now)
         replica = cluster.remove_replica(event.replica_id, now)
+        self._let_go(event.replica_id, now)
         suspect = self.health.said(event.replica_id)
         record = cluster.deployments.get(event.deployment)
         revision = load.revision if load else replica.revision if replica else None
@@ -509,6 +511,9 @@ class Core:
         for name in self._due(now):
             self._review(name, now, out)
         self._serve(now, out)
+        for action in out:
+            if isinstance(action, CommandLoad):
+                self.tally.replica_began(action.message.replica_id)
         # Last: what was decided above may have changed records that are to be written.
         settled = self.deployments.settle(now, out)
         review = self._reviews[0][0] if self._reviews else math.inf

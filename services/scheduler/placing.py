@@ -194,9 +194,10 @@ class Placing:
         self.counts.decisions += 1
         self.decisions.decided(decision, replica_id, now)
         self.predicted[replica_id] = chosen.startup
+        missing_bytes = self._missing_bytes(need.key, need.weight_bytes, chosen)
         self._scene.estimator.promised(
-            worker.server_id, replica_id, self._missing_bytes(need.key, need.weight_bytes, chosen), chosen.tier, now
-        )
+            worker.server_id, replica_id, missing_bytes, chosen.tier, now, key=need.key
+        )  # fmt: skip
         self._fairness.placed(replica_id, name, spec.priority, chosen.startup.load_s, now)
         message = LoadReplica(
             replica_id=replica_id,
