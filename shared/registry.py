@@ -46,14 +46,17 @@ KINDS: Final[dict[type, str]] = {
 SCAN_KEYS: Final = 500
 READ_VALUES: Final = 200
 
-# Keys: the lease, the highest term. Arguments: holder, milliseconds, a term that the new one must exceed. The value of
-# the lease is "holder term". A holder whose first call was answered too late for it to hear may ask again.
+# Keys: the lease, the highest term. Arguments: holder, milliseconds, a term that the new one must exceed, and by how
+# much if the highest has been forgotten. The value of the lease is "holder term". A holder whose first call was answered
+# too late for it to hear may ask again.
 _ACQUIRE: Final = """
 local held = redis.call('GET', KEYS[1])
 if held and string.sub(held, 1, #ARGV[1] + 1) ~= ARGV[1] .. ' ' then
     return {tonumber(string.match(held, '%d+$')), redis.call('PTTL', KEYS[1])}
 end
-local highest = math.max(tonumber(redis.call('GET', KEYS[2]) or '0'), tonumber(ARGV[3]))
+local known = redis.call('GET', KEYS[2])
+local highest = math.max(tonumber(known or '0'), tonumber(ARGV[3]))
+if not known and highest > 0 then highest = highest + tonumber(ARGV[4]) end
 local term = string.format('%d', highest + 1)
 redis.call('SET', KEYS[2], term)
 redis.call('SET', KEYS[1], ARGV[1] .. ' ' .. term, 'PX', ARGV[2])
@@ -259,12 +262,15 @@ class LeaderLease:
         """What the registry holds while the holder has the lease under this term."""
         return f"{self._holder} {term}"
 
-    async def acquire(self, at_least: int) -> tuple[int, float | None]:
+    async def acquire(self, at_least: int, *, forgotten: int = 0) -> tuple[int, float | None]:
         """Take the lease unless another holder has it: (a term that was never given before and is above `at_least`,
-        None), or (the other's term, the seconds that its lease lasts still)."""
+        None), or (the other's term, the seconds that its lease lasts still).
+
+        If Redis has forgotten which terms it gave, and `at_least` > 0 says that it did, it goes on `forgotten` further.
+        """
         with _redis_errors():
             term, left_ms = await self._acquire(
-                keys=[self._lease, self._term], args=[self._holder, self._ttl_ms, at_least]
+                keys=[self._lease, self._term], args=[self._holder, self._ttl_ms, at_least, forgotten]
             )
         return int(term), None if left_ms < 0 else left_ms / 1000
 

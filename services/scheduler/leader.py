@@ -13,6 +13,7 @@ from typing import assert_never
 from prometheus_client import Counter, Gauge
 
 from services.scheduler.leadership import (
+    FORGOTTEN,
     LONG,
     Acquire,
     Action,
@@ -187,7 +188,7 @@ class Leader:
         try:
             match action:
                 case Acquire():
-                    term, left_s = await self._lease.acquire(action.at_least)
+                    term, left_s = await self._lease.acquire(action.at_least, forgotten=FORGOTTEN)
                     return Won(term, action.asked_at) if left_s is None else Taken(term, left_s)
                 case Renew():
                     kept = await self._lease.renew(action.term)

@@ -19,7 +19,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import assert_never
+from typing import Final, assert_never
+
+# A registry that has forgotten its terms goes on so far above the highest that whoever asks has heard of: others may
+# have had a few that it has not heard of yet.
+FORGOTTEN: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +109,7 @@ Event = Won | Taken | Kept | Lost | Unanswered | Heard | Hinted | StopAsked | Re
 
 @dataclass(frozen=True, slots=True)
 class Acquire:
-    """Take the lease if nobody has it, under a term above `at_least`."""
+    """Take the lease if nobody has it, under a term above `at_least` (by `FORGOTTEN` if the registry knows none)."""
 
     at_least: int
     asked_at: float
@@ -275,7 +279,7 @@ class Leadership:
         if event.term <= self.known and not self._stopping:
             self._ask_at = now  # a higher one was heard of meanwhile; what was won is won again above it
             return
-        if self.leads and event.term != self._led_term + 1:
+        if self.leads and event.term not in (self._led_term + 1, self._led_term + FORGOTTEN + 1):
             self._step_down(out)  # somebody else led in between: the picture may be wrong
         if self._bereft:
             self._bereft = False

@@ -110,6 +110,12 @@ async def test_the_lease_has_one_holder_and_its_terms_grow(registry: Registry) -
         assert await one.renew(43)
 
 
+async def test_a_registry_that_has_forgotten_its_terms_goes_on_far_above_what_is_known(registry: Registry) -> None:
+    async with registry.lease("a/1", ttl_s=5) as one:
+        assert await one.acquire(7, forgotten=1000) == (1008, None)
+        assert await one.acquire(7, forgotten=1000) == (1009, None)
+
+
 async def test_a_holder_whose_name_begins_like_anothers_is_somebody_else(registry: Registry) -> None:
     async with registry.lease("a/1", ttl_s=5) as one, registry.lease("a/12", ttl_s=5) as other:
         assert await other.acquire(0) == (1, None)

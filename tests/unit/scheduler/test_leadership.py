@@ -104,6 +104,14 @@ def test_a_lease_that_ran_out_is_no_sign_that_the_registry_lost_anything() -> No
     assert one.at(101.91, lead.Won(6, 101.9)) == [lead.Resume(6), lead.Announce(6)]
 
 
+def test_a_registry_that_forgot_the_terms_as_well_goes_on_far_above_and_nobody_led_meanwhile() -> None:
+    one = Told().leading(term=5)
+    one.at(100.4)
+    one.at(100.41, lead.Lost(5))
+    one.at(100.42, lead.Won(6 + lead.FORGOTTEN, 100.41))
+    assert one.renewing(102.5) == [lead.Resume(6 + lead.FORGOTTEN), lead.Announce(6 + lead.FORGOTTEN)]
+
+
 def test_its_picture_goes_if_another_one_led_meanwhile() -> None:
     one = Told().leading(term=5)
     one.at(100.4)

@@ -84,7 +84,8 @@ class World:
             case lead.Acquire():
                 if self.holder not in ("", peer.name):
                     return lead.Taken(self.lease_term, self.expires_at - self.now)
-                self.highest = max(self.highest, action.at_least) + 1
+                forgotten = lead.FORGOTTEN if self.highest == 0 and action.at_least else 0
+                self.highest = max(self.highest, action.at_least) + forgotten + 1
                 self.holder, self.lease_term, self.expires_at = peer.name, self.highest, self.now + RULES.ttl_s
                 return lead.Won(self.highest, action.asked_at)
             case lead.Renew():
