@@ -47,8 +47,8 @@ SCAN_KEYS: Final = 500
 READ_VALUES: Final = 200
 
 # Keys: the lease, the highest term. Arguments: holder, milliseconds, a term that the new one must exceed, and by how
-# much if the highest has been forgotten. The value of the lease is "holder term". A holder whose first call was answered
-# too late for it to hear may ask again.
+# much if the highest has been forgotten. The value of the lease is "holder term". A holder whose first call was
+# answered too late for it to hear may ask again.
 _ACQUIRE: Final = """
 local held = redis.call('GET', KEYS[1])
 if held and string.sub(held, 1, #ARGV[1] + 1) ~= ARGV[1] .. ' ' then
