@@ -30,6 +30,23 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_size": 640, "intermediate_size": 4096, "num_hidden_layers": 3, "num_attention_heads": 4,
         "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 4096, "max_position_embeddings": 8192,
     },
+    # What `benchmarks/placement.py` loads: 53 MB, 205 MB, 0.5 GB and 1.2 GB in bfloat16.
+    "llama-26m": {
+        "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6,
+        "num_key_value_heads": 6, "vocab_size": 16000, "max_position_embeddings": 2048,
+    },
+    "llama-100m": {
+        "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 11, "num_attention_heads": 12,
+        "num_key_value_heads": 12, "vocab_size": 16000, "max_position_embeddings": 2048,
+    },
+    "llama-250m": {
+        "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 14, "num_attention_heads": 16,
+        "num_key_value_heads": 16, "vocab_size": 32000, "max_position_embeddings": 2048,
+    },
+    "llama-600m": {
+        "hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 18, "num_attention_heads": 24,
+        "num_key_value_heads": 24, "vocab_size": 32000, "max_position_embeddings": 2048,
+    },
     # Four times llama-1.1b with as many layers, so as many tensors.
     "llama-4.4b": {
         "hidden_size": 4096, "intermediate_size": 11264, "num_hidden_layers": 22, "num_attention_heads": 64,
