@@ -3,9 +3,8 @@
 Each deployment has a histogram of the times between its arrivals, as in the hybrid histogram policy of Shahrad et al.,
 "Serverless in the Wild" (USENIX ATC 2020, section 4.2), with three changes. Bins are spaced by equal ratios, not by
 minutes, because a model is worth holding for anything between a second and hours. Old observations fade, so that
-a deployment whose habits change is believed again after a few hundred requests. And where the paper forecasts series
-(ARIMA) for what its histogram does not cover, here a deployment that tells too little is simply held as long as its
-operator allows.
+a deployment whose habits change is believed again after a few hundred requests. And a keep-alive is not a percentile
+of the histogram but the one that costs least, see `keep_alive_s`.
 
 What is heard are hints of demand: the first request that waits at a gateway at once, later ones as a count. So a burst
 is seen as a few gaps of the same length, not one by one; a histogram over equal ratios does not mind.
@@ -24,20 +23,20 @@ FIRST_S: Final = 0.1  # the end of the first bin; nobody is held by the tenth of
 RATIO: Final = 1.3
 BINS: Final = 52  # the last ends after almost a day
 EDGES_S: Final = tuple(FIRST_S * RATIO**number for number in range(BINS))
+MIDDLE: Final = RATIO**-0.5  # the middle of a bin, as a part of its end
 FULL: Final = 1e9  # weights are scaled down beyond this
 
 
 @dataclass(frozen=True, slots=True)
 class ArrivalRules:
     """`fade`: what an observation weighs less with each later one. `rate_s`: the time over which the rate is averaged
-    (an arrival counts 1/e after it). `tail`: the share of arrivals that may be missed by letting go of a replica
-    (0.01: one in a hundred). `enough`: observations before anything is believed. `least_s`: the least keep-alive.
-    `most`: deployments remembered, those heard last."""
+    (an arrival counts 1/e after it). `enough`: observations before anything is believed. `least_s`: the least
+    keep-alive. `most`: deployments remembered, those heard last."""
 
     fade: float = 1.0 / 256.0
     rate_s: float = 300.0
-    tail: float = 0.01
     enough: float = 8.0
+    doubt: float = 2.0
     least_s: float = 1.0
     most: int = 20_000
 
@@ -134,22 +133,36 @@ class Arrivals:
     def keep_alive_s(self, name: str, most_s: float) -> float:
         """How long an idle replica is worth holding, at most `most_s`.
 
-        It is the shortest time from which on, up to `most_s`, fewer than `tail` of all arrivals came. If all gaps are
-        shorter than `most_s`, that is their 99th percentile. If many are longer, holding for them is in vain, and a
-        deployment that is called in bursts an hour apart is let go of when the burst is over. One that has told
-        less than `enough` is held for `most_s`.
+        By `most_s` the operator says what a cold start is worth: so many seconds of a replica that stands idle. The
+        keep-alive k that then costs least is the one with the least E[min(gap, k)] + most_s · P(gap > k), what is held
+        and what starts cold, over the gaps on record. (Not knowing the gaps, holding for exactly what a cold start is
+        worth never costs more than twice the least possible, the ski rental bound; knowing them, it costs no more than
+        that.) Few gaps say little about how long the next ones may be, so `doubt` more are added that are spread evenly
+        over the logarithms up to `most_s`. A deployment that has told less than `enough` is held for `most_s`.
         """
         history = self._histories.get(name)
         if history is None or self._observations(history) < self.rules.enough:
             return most_s
-        missed = self.rules.tail * history.total
-        caught = 0.0  # arrivals between the end of this bin and most_s
-        for number in range(bisect.bisect_left(EDGES_S, most_s), -1, -1):
-            caught += history.bins[number]
-            if caught > missed:
-                ends_s = EDGES_S[number] if number < BINS else math.inf
-                return min(most_s, max(self.rules.least_s, ends_s))
-        return min(most_s, self.rules.least_s)
+        least_s = min(most_s, self.rules.least_s)
+        doubt = self.rules.doubt * history.weight
+        best_s, best_cost = most_s, math.inf
+        held, below = 0.0, 0.0  # weight x seconds, and weight, of the gaps in bins that end before k
+        number = 0
+        for keep_s in (
+            least_s,
+            *EDGES_S[bisect.bisect_right(EDGES_S, least_s) : bisect.bisect_left(EDGES_S, most_s)],
+            most_s,
+        ):
+            while number < BINS and EDGES_S[number] <= keep_s:
+                held += history.bins[number] * EDGES_S[number] * MIDDLE
+                below += history.bins[number]
+                number += 1
+            part = self._part(history, number, keep_s)
+            cost = held + part * keep_s + (history.total - below - part) * (keep_s + most_s)
+            cost += doubt * _unknown_cost(keep_s, least_s, most_s)
+            if cost < best_cost * (1.0 - 1e-9):
+                best_s, best_cost = keep_s, cost
+        return best_s
 
     def rate(self, name: str, now: float) -> float:
         """Requests per second, averaged over the last `rate_s` or so; 0 for a deployment that was never asked for."""
@@ -176,11 +189,9 @@ class Arrivals:
         all there is when nearly all gaps on record are shorter than the present one.
         """
         history = self._histories.get(name)
-        if history is None:
-            return 0.0
+        if history is None or history.total <= 0.0:
+            return 0.0  # one request alone says nothing of a next one
         chance = -math.expm1(-self.rate(name, now) * horizon_s)
-        if history.total <= 0.0:
-            return chance
         since_s = max(0.0, now - history.last_at)
         longer = history.total - self._up_to(history, since_s)
         within = max(0.0, self._up_to(history, since_s + horizon_s) - self._up_to(history, since_s))
@@ -218,11 +229,23 @@ class Arrivals:
         return math.exp(-max(0.0, now - history.last_at) / self.rules.rate_s)
 
     def _up_to(self, history: _History, gap_s: float) -> float:
-        """The weight of gaps up to this long; within a bin they are spread evenly over its logarithm."""
-        number = bisect.bisect_left(EDGES_S, gap_s)
-        below = sum(history.bins[:number])
+        """The weight of gaps up to this long."""
+        number = bisect.bisect_right(EDGES_S, gap_s)
+        return sum(history.bins[:number]) + self._part(history, number, gap_s)
+
+    def _part(self, history: _History, number: int, gap_s: float) -> float:
+        """The weight of gaps up to this long in the bin in which it lies; they are spread evenly over its logarithm."""
         if number >= BINS:
-            return below
+            return 0.0
         if number == 0:
             return history.bins[0] * gap_s / FIRST_S
-        return below + history.bins[number] * math.log(gap_s / EDGES_S[number - 1]) / math.log(RATIO)
+        return history.bins[number] * math.log(gap_s / EDGES_S[number - 1]) / math.log(RATIO)
+
+
+def _unknown_cost(keep_s: float, least_s: float, most_s: float) -> float:
+    """What holding for `keep_s` costs, if gaps are spread evenly over the logarithms from `least_s` to `most_s`."""
+    if most_s <= least_s:
+        return 0.0
+    spread = math.log(most_s / least_s)
+    longer = math.log(most_s / keep_s) / spread
+    return (keep_s - least_s) / spread + longer * (keep_s + most_s)
