@@ -235,6 +235,7 @@ class Effects:
                 progressed=progressed,
             )
 
+        await self._means.peers.look()  # what must be repaired may have come to another store just now
         try:
             report = await self._on(self._jobs, verify)
         except HearthError as error:
@@ -302,6 +303,7 @@ class Effects:
             with closing(means.importer.repairer(manifest, partial(means.peers.of, stored.id))) as repair:
                 means.exporter.run(stored, manifest, url, key=action.job, repair=repair, progressed=progressed)
 
+        await self._means.peers.look()
         try:
             await self._on(self._jobs, export)
         except HearthError as error:

@@ -194,6 +194,9 @@ def test_damaged_bytes_whose_source_is_gone_come_from_the_other_server(
     found = id_of(tiers.deploy("rotten", source))
     for server in BOTH:
         said(tiers, "prefetch", "rotten", "--server", server, "--tier", "ssd")
+    tiers.until(
+        lambda: all(found in one["ssd"] for one in tiers.view()["servers"]), "both stores tell that they have it"
+    )
     shutil.rmtree(source)
     sound = stored(tiers, "server-1", found).read_bytes()
     spoil(stored(tiers, "server-1", found))
