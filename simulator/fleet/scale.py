@@ -1,8 +1,8 @@
 """How fast the simulation is: many requests on a large fleet, on one core.
 
-    python -m simulator.fleet.scale [--requests 1000000] [--servers 200] [--devices 8] [--deployments 2000] [--profile]
+    python -m simulator.fleet.scale [--requests 1000000] [--servers 200] [--devices 8] [--deployments 1000] [--profile]
 
-Requests come to deployments of unequal popularity (Zipf), at a rate that keeps about half of the devices busy.
+Requests come to deployments of unequal popularity (Zipf), at a rate that keeps most of the devices in use.
 """
 
 from __future__ import annotations
@@ -80,14 +80,14 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=1_000_000)
     parser.add_argument("--servers", type=int, default=200)
     parser.add_argument("--devices", type=int, default=8)
-    parser.add_argument("--deployments", type=int, default=2000)
+    parser.add_argument("--deployments", type=int, default=1000)
     parser.add_argument("--per-s", type=float, default=0.0, help="requests per second (0: by the number of devices)")
     parser.add_argument("--policy", default=Policy.HEARTH.value, choices=[one.value for one in Policy])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--profile", action="store_true", help="where the time goes")
     asked = parser.parse_args()
     specs = deployments(asked.deployments)
-    per_s = asked.per_s or 0.4 * asked.servers * asked.devices
+    per_s = asked.per_s or 0.25 * asked.servers * asked.devices
     fleet = Fleet(
         hardware(asked.servers, asked.devices),
         specs,
