@@ -70,6 +70,9 @@ def workload_options(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--duration", metavar="SECONDS", type=_seconds, help="of the workload (3600; LLM traces: all)")
     parser.add_argument("--cv", metavar="X", type=float, default=8.0, help="of gamma's intervals (%(default)s)")
     parser.add_argument(
+        "--warm-up", metavar="SECONDS", type=_seconds, default=0.0, help="requests of that time are not counted (0)"
+    )
+    parser.add_argument(
         "--popularity", metavar="P", default="zipf:1", help="uniform, zipf:EXPONENT or azure (%(default)s)"
     )
     parser.add_argument("--lengths", metavar="L", default="", help="gsm8k, sharegpt, azure-code, azure-conv (its own)")
@@ -120,6 +123,7 @@ def setting_of(options: argparse.Namespace) -> Setting:
         keep_alive_s=keep_alive_s,
         adaptive_keep_alive=adaptive,
         time_limit_s=options.time_limit,
+        warm_up_s=options.warm_up,
         faults=TROUBLE if options.faults else Faults(),
     )
 

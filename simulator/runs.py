@@ -29,7 +29,8 @@ class Setting:
 
     `deployments` is a number (of `model`, or of the profile's first) or a list such as "opt-6.7b:32,opt-13b:16". A
     user's trace brings its own deployments: each runs the profile's model of its name (up to a slash), else `model`.
-    What is None or "" is as the profile has it. `max_replicas` 0 is as many as there are devices for.
+    What is None or "" is as the profile has it. `max_replicas` 0 is as many as there are devices for. Requests of the
+    first `warm_up_s` seconds are served but not counted.
     """
 
     profile: str = DEFAULT
@@ -47,6 +48,7 @@ class Setting:
     keep_alive_s: float = 60.0
     adaptive_keep_alive: bool = False
     time_limit_s: float = 300.0
+    warm_up_s: float = 0.0
     sample_s: float = 10.0
     faults: Faults = field(default_factory=Faults)
 
@@ -162,7 +164,7 @@ def run(setting: Setting) -> Run:
         options=options,
     )
     report = fleet.run()
-    figures = of(report, made.hardware, made.specs, time_limit_s=setting.time_limit_s)
+    figures = of(report, made.hardware, made.specs, time_limit_s=setting.time_limit_s, warm_up_s=setting.warm_up_s)
     return Run(setting, figures, made.trace.realised(), made.trace.digest)
 
 

@@ -24,7 +24,7 @@ from simulator.runs import Run, Setting, described, run_all, with_seeds
 STARTUP: Final = (
     ("requests", "requests", 0), ("failed", "failed", 1), ("mean s", "startup_mean_s", 2),
     ("P50 s", "startup_p50_s", 2), ("P95 s", "startup_p95_s", 2), ("P99 s", "startup_p99_s", 2),
-    ("TTFT P99 s", "ttft_p99_s", 2),
+    ("TTFT P99 s", "ttft_p99_s", 2), ("waited P99 s", "waited_p99_s", 2),
 )  # fmt: skip
 CLUSTER: Final = (
     ("loads", "loads", 0), ("swaps/request", "swaps_per_request", 3), ("in DRAM", "dram_hit_rate", 2),

@@ -35,20 +35,29 @@ class Figures:
     running_share: Curve = field(repr=False)
 
 
-def of(report: Report, hardware: Hardware, specs: Sequence[ModelSpec], *, time_limit_s: float) -> Figures:
-    """A run as figures. What never started counts with the time limit in all startup and TTFT figures."""
+def of(
+    report: Report, hardware: Hardware, specs: Sequence[ModelSpec], *, time_limit_s: float, warm_up_s: float = 0.0
+) -> Figures:
+    """A run as figures. What never started counts with the time limit in all startup and TTFT figures.
+
+    Requests of the first `warm_up_s` seconds are served but not counted; what the fleet did is counted for the whole
+    run. `waited` is the startup and every later pause: being stopped or moved for somebody else is waiting, too.
+    """
     ledgers, counters = report.ledgers, report.counters
-    startup = report.startup(limit_s=time_limit_s)
-    ttft = np.where(np.isnan(ledgers.ttft_s), time_limit_s, ledgers.ttft_s)
+    counted = ledgers.arrived_s >= warm_up_s
+    startup = report.startup(limit_s=time_limit_s)[counted]
+    ttft = np.where(np.isnan(ledgers.ttft_s), time_limit_s, ledgers.ttft_s)[counted]
+    waited = startup + np.nan_to_num(ledgers.pause_s)[counted]
     count = len(startup)
     loads = sum(counters.loads.values())
     numbers: dict[str, float] = {
         "requests": count,
-        "failed": count - int(report.completed.sum()),
+        "failed": count - int(report.completed[counted].sum()),
         **_spread("startup", startup),
         **_spread("ttft", ttft),
-        **{part: _mean(np.nan_to_num(getattr(ledgers, part))) for part in PARTS},
-        "cold": float((ledgers.tier > 0).mean()) if count else math.nan,
+        **_spread("waited", waited),
+        **{part: _mean(np.nan_to_num(getattr(ledgers, part)[counted])) for part in PARTS},
+        "cold": float((ledgers.tier[counted] > 0).mean()) if count else math.nan,
         "swaps_per_request": counters.swaps_per_request,
         "loads": loads,
         **{f"loads_{tier}": counters.loads.get(tier, 0) for tier in ("dram", "ssd", "peer", "remote")},
@@ -58,7 +67,7 @@ def of(report: Report, hardware: Hardware, specs: Sequence[ModelSpec], *, time_l
         "prefetches": counters.prefetches,
         "running_share": _mean(report.utilisation.share(RUNNING)),
         "loading_share": _mean(report.utilisation.share(LOADING)),
-        "service_s": _mean(np.nan_to_num(ledgers.prefill_s + ledgers.decode_s)),
+        "service_s": _mean(np.nan_to_num(ledgers.prefill_s + ledgers.decode_s)[counted]),
         "virtual_s": report.virtual_s,
         **_dram(report, hardware, specs),
     }
