@@ -29,9 +29,10 @@ def desired_replicas(spec: DeploymentSpec, outstanding: int) -> int:
 
 def wanted_replicas(cluster: Cluster, name: str, *, floor: int = 0) -> int:
     """Replicas that a deployment shall have now: for its requests, for the moves that look for a place, and for the age
-    of its queue (`floor`: see `pressure`), which never asks for more than the operator allows."""
-    spec = cluster.deployments[name].spec
-    wanted = max(desired_replicas(spec, cluster.outstanding(name)), min(floor, spec.max_replicas))
+    of its queue (`floor`: see `pressure`), which never asks for more than the operator allows, nor for more replicas
+    than there are requests: those would answer nobody, and keep a place from others who wait as well."""
+    spec, outstanding = cluster.deployments[name].spec, cluster.outstanding(name)
+    wanted = max(desired_replicas(spec, outstanding), min(floor, spec.max_replicas, outstanding))
     return max(wanted, cluster.floors.get(name, 0))
 
 

@@ -95,11 +95,16 @@ def test_the_number_of_replicas_does_not_oscillate(seed: int) -> None:
     assert changes == [2]
 
 
-def test_age_never_asks_for_more_than_the_operator_allows() -> None:
+def test_age_never_asks_for_more_than_the_operator_allows_or_than_there_are_requests() -> None:
     cluster = Cluster(kv_bytes_max=2**40)
-    cluster.deployments["m"] = picture.deployment(picture.spec("m", max_replicas=2), picture.checkpoint())
-    assert autoscale.wanted_replicas(cluster, "m", floor=1) == 1
+    spec = picture.spec("m", max_replicas=2, target_concurrency=16)
+    cluster.deployments["m"] = picture.deployment(spec, picture.checkpoint())
+    cluster.depths["m"] = 5
+    assert autoscale.wanted_replicas(cluster, "m", floor=0) == 1
+    assert autoscale.wanted_replicas(cluster, "m", floor=2) == 2
     assert autoscale.wanted_replicas(cluster, "m", floor=7) == 2
+    cluster.depths["m"] = 1
+    assert autoscale.wanted_replicas(cluster, "m", floor=2) == 1
 
 
 def test_what_is_gone_is_forgotten() -> None:
@@ -129,7 +134,7 @@ def test_the_keep_alive_is_learnt_only_where_that_is_asked_for() -> None:
     assert 1.0 <= autoscale.keep_alive_s(adaptive, arrivals) < 6.0, "it is asked every ten minutes"
 
 
-def test_a_learnt_keep_alive_lets_go_earlier_and_a_floor_holds_on() -> None:
+def test_a_learnt_keep_alive_lets_go_earlier_and_a_floor_holds_on_while_somebody_waits() -> None:
     cluster = Cluster(kv_bytes_max=2**40)
     record = picture.deployment(picture.spec("m", keep_alive_s=60.0, max_replicas=2), picture.checkpoint())
     cluster.deployments["m"] = record
@@ -139,6 +144,9 @@ def test_a_learnt_keep_alive_lets_go_earlier_and_a_floor_holds_on() -> None:
     assert autoscale.superfluous(cluster, "m", 100.0) == []
     assert [one.replica_id for one in autoscale.superfluous(cluster, "m", 100.0, keep_s=8.0)] == ["m0"]
     assert autoscale.next_superfluous_at(cluster, "m", 100.0, keep_s=12.0) == pytest.approx(103.0)
+    # What the age of a queue asks for counts for as long as there is a queue.
+    assert [one.replica_id for one in autoscale.superfluous(cluster, "m", 100.0, keep_s=8.0, floor=1)] == ["m0"]
+    cluster.hinted_at["m"] = 100.0
     assert autoscale.superfluous(cluster, "m", 100.0, keep_s=8.0, floor=1) == []
     assert autoscale.next_superfluous_at(cluster, "m", 100.0, keep_s=8.0, floor=1) is None
 
