@@ -55,6 +55,10 @@ class Clearing:
         """Whether a move for this deployment has come to nothing a moment ago."""
         return self._soured.get(name, -math.inf) > now
 
+    def awaiting(self, name: str) -> bool:
+        """Whether somebody's end is awaited for this deployment: then nobody else's need be."""
+        return name in self._cluster.ending.values()
+
     def begin(self, ask: Ask, decision: Decision, now: float, out: list[Action]) -> None:
         """Have everybody leave who is in the way."""
         chosen, cluster, placing = decision.chosen, self._cluster, self._placing
@@ -69,6 +73,7 @@ class Clearing:
             placing.counts.evictions += placing.stop(cluster.replicas[id], "evicted", now, out)
         for id in plan.waits:
             placing.counts.waits += placing.stop(cluster.replicas[id], "awaited", now, out, drain=True)
+            cluster.ending[id] = name
         for id in plan.parks:
             self._fairness.parked(id, name, now)
             placing.counts.parks += placing.stop(cluster.replicas[id], "parked", now, out, abort=True)
@@ -94,6 +99,8 @@ class Clearing:
         """Forget what is over; whoever still runs in a replica that leaves goes after the others."""
         if self._soured:
             self._soured = {name: until for name, until in self._soured.items() if until > now}
+        for id in list(self._cluster.ending):
+            self._hurry(id, now, out)
         for owner in list(self._clearings):
             clearing = self._clearings[owner]
             if owner not in self._cluster.rooms:
@@ -105,6 +112,22 @@ class Clearing:
                     continue
                 if replica.running > 0 and clearing.begun.get(id, 0) < MOST_MOVES:
                     self._move(clearing, replica, now, out)
+
+    def _hurry(self, id: str, now: float, out: list[Action]) -> None:
+        """Whose end is awaited may run far longer than was expected. The bound on waiting holds all the same: it is
+        parked when the newcomer would be late."""
+        cluster = self._cluster
+        name, replica = cluster.ending[id], cluster.replicas.get(id)
+        if replica is None:
+            del cluster.ending[id]
+            return
+        if name and self._fairness.late(id, name, now):
+            self._fairness.parked(id, name, now)
+            self._placing.counts.parks += 1
+            cluster.ending[id] = name = ""
+        stop = cluster.stops.get(id)
+        if not name and (stop is None or not stop.abort):
+            self._placing.stop(replica, "parked", now, out, abort=True)
 
     def _move(self, clearing: _Clearing, replica: ReplicaRecord, now: float, out: list[Action]) -> None:
         """Empty a replica: to the one place that was planned, or to wherever there are slots."""

@@ -135,6 +135,8 @@ class Cluster:
         self.loads: dict[str, PendingLoad] = Table(self._load_changed)
         self.stops: dict[str, PendingStop] = Table(self._stop_changed)
         self.rooms: dict[str, Room] = Table(self._room_changed)
+        # Replicas that go when what runs in them has ended → the deployment that waits for it; "": they were parked.
+        self.ending: dict[str, str] = {}
         self.depths: dict[str, int] = Table(self._depth_changed)
         self.hinted_at: dict[str, float] = {}
         self.depths_asked_at = -math.inf
@@ -505,8 +507,14 @@ class Cluster:
             self._touched_names[name] = None
 
     def outstanding(self, name: str) -> int:
-        """Requests waiting or running, as far as known: a hint counts as one until the queues are read again."""
-        return max(self.depths.get(name, 0), 1 if name in self.hinted_at else 0)
+        """Requests waiting or running, as far as known: a hint counts as one until the queues are read again.
+
+        What runs where its end is awaited asks for no other replica.
+        """
+        depth = self.depths.get(name, 0)
+        if depth > 0 and self.ending:
+            depth -= sum(one.running for one in self.replicas_of(name) if self.ending.get(one.replica_id))
+        return max(depth, 1 if name in self.hinted_at else 0)
 
     # -- what is where ------------------------------------------------------------------------------------------
 

@@ -749,7 +749,7 @@ class Core:
         if not first:
             return Means(move=False, wait=False)
         moves = self.rules.migrates and not self.clearing.soured(name, now)
-        return Means(move=moves, wait=True, park=True)
+        return Means(move=moves, wait=not self.clearing.awaiting(name), park=True)
 
     def _defer(self, decision: Decision, now: float, out: list[Action], *, latest_at: float = math.inf) -> None:
         """Nothing can be done now: say so once, and try again when something may have made room."""

@@ -251,6 +251,14 @@ class Fairness:
         """Whether this replica may be parked now for that deployment, which is in line."""
         return self._why(replica_id, for_name, now) != ""
 
+    def late(self, replica_id: str, for_name: str, now: float) -> bool:
+        """Whether it must be parked now for that deployment to start in time."""
+        return self._why(replica_id, for_name, now) == "late"
+
+    def waiting(self, name: str) -> bool:
+        """Whether this deployment is in line."""
+        return name in self._line
+
     def victim_key(self, replica_id: str, tokens: int, now: float) -> tuple[int, int, float, int, str]:
         """Order among those that are parkable, less first: the lowest priority; one of several of its deployment; the
         longest over its tenure; the fewest tokens to be prefilled again; the id."""

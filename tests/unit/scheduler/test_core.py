@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from services.scheduler.core import Core
 from services.scheduler.events import (
     CommandLoad,
@@ -20,6 +22,7 @@ from services.scheduler.events import (
     ReplicaBroke,
     StopRefused,
 )
+from services.scheduler.fairness import FairnessRules
 from services.scheduler.rules import Rules
 from shared.contracts.records import Phase, ReplicaState
 from shared.errors import Code, Failure
@@ -158,6 +161,34 @@ def test_a_busy_replica_that_nobody_asks_for_takes_nothing_more_and_its_end_is_a
     assert desk.take(CommandLoad) == []
     desk.gone(load.message.replica_id)
     assert desk.only(CommandLoad).message.deployment == "m"
+
+
+def test_whose_end_is_awaited_too_long_is_parked_in_time_and_nobody_else_is_asked_meanwhile() -> None:
+    desk = small(Rules(fairness=FairnessRules(start_within_s=30.0)))
+    desk.add(picture.worker("a1"))
+    desk.wait(1.0)
+    desk.add(picture.deployment(picture.spec("y"), picture.checkpoint("ck-y", kv=400)))
+    desk = Desk(rules=desk.rules, deployments=desk.deployments, servers=desk.servers, workers=desk.workers).start()
+    for name in ("x", "y"):
+        desk.queue(name, 1)
+        desk.hint(name)
+        desk.loaded(running=1)
+    desk.wait(20.0)
+    desk.queue("m", 1)
+    desk.hint("m")
+    awaited = desk.only(CommandStop).message
+    assert (awaited.drain, awaited.abort) == (True, False)
+    draining = desk.replicas[awaited.replica_id]
+    desk.replicas[awaited.replica_id] = msgspec.structs.replace(draining, state=ReplicaState.DRAINING)
+    desk.tell(RecordHinted("replica", awaited.replica_id, False))
+    desk.wait(20.0)  # nobody else has to go for it, nor for whoever runs where its end is awaited
+    assert desk.take(CommandStop) == []
+    desk.wait(10.0)
+    parked = desk.take(CommandStop, lambda one: one.message.abort)
+    assert [one.message.replica_id for one in parked] == [awaited.replica_id]
+    assert desk.take(CommandLoad) == []
+    desk.gone(awaited.replica_id)
+    assert [one.message.deployment for one in desk.take(CommandLoad)] == ["m"]
 
 
 def test_a_refused_eviction_is_tried_again_when_the_replica_is_idle() -> None:
