@@ -6,6 +6,7 @@ made. A room holds back what the newcomer needs beyond what its victims, who are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -28,6 +29,8 @@ class Room:
     """Room that is being made on workers for a deployment: nobody else may take it before `expires_at`.
 
     `memory_bytes` are those of each worker. `owner` is for whom: the deployment, or one of its moves (`owner_of`).
+    It is expected to be ready with this room at `due_at`; until `patient_until` only what would be sooner is taken
+    instead.
     """
 
     deployment: str
@@ -39,6 +42,8 @@ class Room:
     victims: tuple[str, ...]
     expires_at: float
     owner: str = ""
+    due_at: float = -math.inf
+    patient_until: float = -math.inf
 
 
 def owner_of(move_id: str) -> str:

@@ -141,6 +141,7 @@ class Moves:
         failure = self._unfit(want, source)
         if failure is None:
             self._open(want, source, now, out)
+            self.wake = now  # its destination is looked for in the next step, which is not to wait for an event
         return failure
 
     def _source(self, want: Move) -> ReplicaRecord | Failure:

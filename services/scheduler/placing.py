@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Final
 
 from services.scheduler.books import Room, owner_of
 from services.scheduler.cluster import Cluster, PendingLoad, PendingStop
@@ -24,6 +25,8 @@ from shared.capacity import context_tokens
 from shared.contracts.placement import LoadReplica, StopReplica
 from shared.contracts.records import DeploymentRecord, ReplicaRecord
 from shared.errors import Failure
+
+PATIENCE: Final = 2.0  # room that takes so many times its estimate is not waited for if there is another place
 
 # Where one more replica goes: `choice.decide`, or what it is compared with.
 Decide = Callable[[Ask, View, float], Decision]
@@ -162,11 +165,20 @@ class Placing:
             ask_for(cluster, record, means=means), owner=owner, at=at, away_from=away_from, avoid=avoid
         )  # fmt: skip
         decision = self._decide(ask, self._scene, now)
+        if not self._worth_taking(owner, decision, now):
+            return ask, replace(decision, outcome=Outcome.WAIT, chosen=None)
         if decision.outcome is Outcome.PLACE:
             self._load(record, ask, decision, since, now, out)
         elif decision.outcome is Outcome.EVICT:
             self._evict(ask, decision, now, out)
         return ask, decision
+
+    def _worth_taking(self, owner: str, decision: Decision, now: float) -> bool:
+        """Whether a place is taken although room is being made elsewhere: it is sooner, or the room is late."""
+        room, chosen = self._cluster.rooms.get(owner), decision.chosen
+        if room is None or chosen is None or chosen.worker_ids == room.worker_ids or now >= room.patient_until:
+            return True
+        return now + chosen.startup.total_s < room.due_at
 
     def _load(
         self, record: DeploymentRecord, ask: Ask, decision: Decision, since: float, now: float, out: list[Action]
@@ -256,6 +268,8 @@ class Placing:
             victims=chosen.room.victims,
             expires_at=until,
             owner=owner,
+            due_at=now + chosen.startup.total_s,
+            patient_until=now + PATIENCE * chosen.startup.room_s,
         )
 
     def told(self, ask: Ask, decision: Decision, *, victims: str) -> dict[str, Fact]:

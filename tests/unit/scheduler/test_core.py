@@ -191,6 +191,32 @@ def test_whose_end_is_awaited_too_long_is_parked_in_time_and_nobody_else_is_aske
     assert [one.message.deployment for one in desk.take(CommandLoad)] == ["m"]
 
 
+def test_room_that_is_being_made_is_waited_for_as_long_as_it_is_the_soonest_way() -> None:
+    facts = {"m": picture.checkpoint("ck-m", weights=400, kv=400), "x": picture.checkpoint("ck-x", weights=20, kv=400)}
+    desk = Desk()
+    desk.add(picture.server("a", dram={"ck-m": 400, "ck-x": 20}), picture.worker("a0"))
+    desk.add(*(picture.deployment(picture.spec(name), one) for name, one in facts.items()))
+    desk.start()
+    desk.queue("x", 1)
+    desk.hint("x")
+    desk.loaded(running=1)
+    # Another server comes, on which x could be at once, and m later than on a.
+    desk.add(picture.server("b", dram={"ck-x": 20}), picture.worker("b0"))
+    desk.wait(2.0)
+    desk.queue("m", 1)
+    desk.hint("m")
+    desk.wait(0.0)
+    moved = desk.take(CommandLoad)
+    assert [(one.worker_id, one.message.deployment) for one in moved] == [("b0", "x")]
+    assert "placement.cleared" in desk.notes()
+    desk.add(picture.worker("b1"))
+    desk.tell(RecordHinted("worker", "b1", False))  # a third worker comes: m would be there in two seconds, from afar
+    desk.wait(0.3)
+    assert desk.take(CommandLoad, lambda one: one.message.deployment == "m") == []
+    desk.wait(10.0)  # but what never comes is not waited for
+    assert [one.worker_id for one in desk.take(CommandLoad, lambda one: one.message.deployment == "m")] == ["b1"]
+
+
 def test_a_refused_eviction_is_tried_again_when_the_replica_is_idle() -> None:
     desk = small()
     desk.hint("x")
