@@ -83,6 +83,10 @@ class Picture:
     def ssd_holders(self, key: str, weight_bytes: int = 1) -> Sequence[str]:
         return self.on_ssd.get(key, ())
 
+    def sketch(self, worker_id: str) -> Sequence[Tenant]:
+        """See `View`."""
+        return self.tenants(worker_id)
+
     def tenants(self, worker_id: str) -> Sequence[Tenant]:
         tenant = self.on.get(worker_id)
         return (tenant,) if tenant is not None else ()

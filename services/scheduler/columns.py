@@ -261,7 +261,7 @@ class Columns:
         self.places[row] = record.max_replicas - replicas
         self.replicas[row] = replicas
         self._put_labels(row, view)
-        self._put_tenants(row, view.tenants(id), now)
+        self._put_tenants(row, view.sketch(id), now)
 
     def _put_labels(self, row: int, view: View) -> None:
         worker = view.workers.get(self.workers.ids[row])

@@ -143,6 +143,33 @@ class Scene:
             and not self._spared(replica.replica_id)
         ]
 
+    def sketch(self, worker_id: str) -> Sequence[Tenant]:
+        """See `View`."""
+        cluster, now, tenure_s = self._cluster, self._now, self._fairness.rules.tenure_min_s
+        found: list[Tenant] = []
+        for replica in cluster.replicas_on(worker_id):
+            id, running = replica.replica_id, replica.running
+            if replica.state is not ReplicaState.READY or id in cluster.stops:
+                continue
+            found.append(
+                Tenant(
+                    replica_id=id,
+                    deployment=replica.deployment,
+                    worker_ids=(worker_id,),
+                    server_id=replica.server_id,
+                    memory_bytes=cluster.occupant(id).memory_bytes,
+                    key="",
+                    weight_bytes=0,
+                    running=running,
+                    idle_s=0.0 if running else cluster.idle_s(replica, now),
+                    movable=running > 0,
+                    parkable=running > 0 and now - cluster.ready_at.get(id, now) >= tenure_s,
+                    remaining_s=self._estimator.remaining_s(replica) if running else 0.0,
+                    resume_s=self._estimator.resume_s(replica) if running else 0.0,
+                )
+            )
+        return found
+
     def _tenant(self, replica: ReplicaRecord) -> Tenant:
         cluster, id, now = self._cluster, replica.replica_id, self._now
         record = cluster.deployments.get(replica.deployment)

@@ -107,6 +107,10 @@ class View(Protocol):
         """The replicas of a worker that could be made to leave, by id: none that is leaving already or that loads.
         `Tenant.memory_bytes` is what it takes of each of its workers."""
 
+    def sketch(self, worker_id: str) -> Sequence[Tenant]:
+        """The replicas of a worker that somebody could make leave, whoever that is: what `columns` are made of. Only
+        what they use need be set; all of it is at least as good as what `tenants` will say."""
+
     def present(self, deployment: str) -> frozenset[str]:
         """Workers that have, or are getting, a replica of the deployment's present revision."""
 

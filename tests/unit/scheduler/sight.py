@@ -148,6 +148,10 @@ class FakeView:
     def ssd_holders(self, key: str, weight_bytes: int = 1) -> Sequence[str]:
         return [id for id, one in sorted(self.servers.items()) if one.ssd.get(key, 0) >= max(1, weight_bytes)]
 
+    def sketch(self, worker_id: str) -> Sequence[Tenant]:
+        """See `View`."""
+        return self.tenants(worker_id)
+
     def tenants(self, worker_id: str) -> Sequence[Tenant]:
         return [
             one.tenant
