@@ -30,7 +30,7 @@ class Room:
 
     `memory_bytes` are those of each worker. `owner` is for whom: the deployment, or one of its moves (`owner_of`).
     It is expected to be ready with this room at `due_at`; until `patient_until` only what would be sooner is taken
-    instead.
+    instead. `slow`: some of the victims run something.
     """
 
     deployment: str
@@ -42,6 +42,7 @@ class Room:
     victims: tuple[str, ...]
     expires_at: float
     owner: str = ""
+    slow: bool = False
     due_at: float = -math.inf
     patient_until: float = -math.inf
 

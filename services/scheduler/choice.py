@@ -51,7 +51,7 @@ def decide(ask: Ask, view: View, now: float, *, explain: bool = True) -> Decisio
         # Nobody goes below its minimum as long as others could leave; but sooner than somebody is awaited or parked.
         found = sorted([*search.best(1, below_min=True), *found], key=lambda one: one.key)
     chosen = found[0] if found else None
-    if explain:
+    if explain and ask.explain:
         search.look_around()
     candidates = search.shown(chosen)
     if chosen is not None:

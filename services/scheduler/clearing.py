@@ -67,7 +67,7 @@ class Clearing:
         placing.decisions.decided(decision, "", now)
         most_s = self._rules.move_load_s + self._rules.move_migrate_s
         until = now + min(SLACK * plan.seconds + self._rules.command_s, most_s)
-        placing.reserve(owner, ask, chosen, now, until)
+        placing.reserve(owner, ask, chosen, now, until, slow=True)
         clearing = self._clearings[owner] = _Clearing(owner, plan)
         for id in plan.stops:
             placing.counts.evictions += placing.stop(cluster.replicas[id], "evicted", now, out)
@@ -102,8 +102,8 @@ class Clearing:
         for id in list(self._cluster.ending):
             self._hurry(id, now, out)
         for owner in list(self._clearings):
-            clearing = self._clearings[owner]
-            if owner not in self._cluster.rooms:
+            clearing, room = self._clearings[owner], self._cluster.rooms.get(owner)
+            if room is None or not room.slow:
                 del self._clearings[owner]
                 continue
             for id in dict.fromkeys(one.replica_id for one in clearing.plan.moves):

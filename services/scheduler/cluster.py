@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 from services.scheduler.absent import Absent
 from services.scheduler.books import Books, Occupant, Room
-from services.scheduler.table import Table
+from services.scheduler.table import Groups, Table
 from shared.capacity import context_tokens, kv_cache_bytes
 from shared.contracts.records import (
     ClusterView,
@@ -91,31 +91,6 @@ def workers_of(replica: ReplicaRecord) -> tuple[str, ...]:
     return (replica.worker_id, *replica.peer_worker_ids)
 
 
-class _Groups:
-    """Ids by group, in the order in which they came."""
-
-    def __init__(self) -> None:
-        self._ids: dict[str, dict[str, None]] = {}
-
-    def add(self, group: str, id: str) -> None:
-        self._ids.setdefault(group, {})[id] = None
-
-    def drop(self, group: str, id: str) -> None:
-        ids = self._ids.get(group)
-        if ids is not None:
-            ids.pop(id, None)
-            if not ids:
-                del self._ids[group]
-
-    def of(self, group: str) -> Sequence[str]:
-        """The ids of a group, sorted."""
-        ids = self._ids.get(group)
-        return sorted(ids) if ids else ()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._ids)
-
-
 class Cluster:
     """The picture. `now` is always a monotonic second of the scheduler's own clock.
 
@@ -150,23 +125,27 @@ class Cluster:
         self._released: dict[str, list[tuple[int, float]]] = {}
         self._slugs: dict[str, str] = {}
         self._touched_names: dict[str, None] = {}
+        self._serving: dict[str, list[ReplicaRecord]] = {}  # kept until something about the deployment changes
+        self._coming: dict[str, list[PendingLoad]] = {}
         self._written_names: dict[str, None] = {}
         self._changed_servers: dict[str, None] = {}
         self._changed_workers: dict[str, None] = {}
-        self._workers_of = _Groups()
-        self._replicas_of = _Groups()
-        self._replicas_at = _Groups()
-        self._replicas_in = _Groups()
-        self._loads_of = _Groups()
-        self._loads_at = _Groups()
-        self._loads_in = _Groups()
-        self._in_dram = _Groups()
-        self._on_ssd = _Groups()
-        self._keys = _Groups()  # deployments by the key of their bytes
+        self._workers_of = Groups()
+        self._replicas_of = Groups()
+        self._replicas_at = Groups()
+        self._replicas_in = Groups()
+        self._loads_of = Groups()
+        self._loads_at = Groups()
+        self._loads_in = Groups()
+        self._in_dram = Groups()
+        self._on_ssd = Groups()
+        self._keys = Groups()  # deployments by the key of their bytes
         self._draining_workers: dict[str, None] = {}
         self._migrating_workers: dict[str, None] = {}
         self._leaving_replicas: dict[str, None] = {}
         self._expiries: list[tuple[float, str, str]] = []
+        self._overdue: dict[str, float] = {}  # loads that a look begun after that moment will not show
+        self._looked_at = -math.inf
         self.absent = Absent()
 
     # -- what follows from a change ------------------------------------------------------------------------------
@@ -224,7 +203,7 @@ class Cluster:
             self._regroup(id, old, new)
         for one in (old, new):
             if one is not None:
-                self._touched_names[one.deployment] = None
+                self.touch(one.deployment)
                 for worker_id in workers_of(one):
                     self._changed_workers[worker_id] = None
         _mark(self._leaving_replicas, id, new is not None and new.state is ReplicaState.DRAINING)
@@ -249,7 +228,7 @@ class Cluster:
                 self._replicas_at.add(worker_id, id)
 
     def _deployment_changed(self, name: str, old: DeploymentRecord | None, new: DeploymentRecord | None) -> None:
-        self._touched_names[name] = None
+        self.touch(name)
         self._written_names[name] = None
         if old is not None:
             self._slugs.pop(old.slug, None)
@@ -261,9 +240,9 @@ class Cluster:
             self._recount(self.replicas[id])
 
     def _load_changed(self, id: str, old: PendingLoad | None, new: PendingLoad | None) -> None:
-        for one, act in ((old, _Groups.drop), (new, _Groups.add)):
+        for one, act in ((old, Groups.drop), (new, Groups.add)):
             if one is not None:
-                self._touched_names[one.deployment] = None
+                self.touch(one.deployment)
                 act(self._loads_of, one.deployment, id)
                 act(self._loads_in, one.server_id, id)
                 for worker_id in one.worker_ids:
@@ -281,7 +260,7 @@ class Cluster:
     def _stop_changed(self, id: str, old: PendingStop | None, new: PendingStop | None) -> None:
         one = new or old
         if one is not None:
-            self._touched_names[one.deployment] = None
+            self.touch(one.deployment)
             self._changed_workers[one.worker_id] = None
         if new is not None:
             self._expires(new.expires_at, "stop", id)
@@ -289,7 +268,7 @@ class Cluster:
     def _room_changed(self, owner: str, old: Room | None, new: Room | None) -> None:
         one = new or old
         if one is not None:
-            self._touched_names[one.deployment] = None
+            self.touch(one.deployment)
             self._changed_servers[one.server_id] = None
             for id in one.worker_ids:
                 self._changed_workers[id] = None
@@ -303,7 +282,7 @@ class Cluster:
 
     def _depth_changed(self, name: str, old: int | None, new: int | None) -> None:
         if (old or 0) != (new or 0):
-            self._touched_names[name] = None
+            self.touch(name)
             if not new:
                 self.releases += 1  # its replicas may have become idle
 
@@ -311,7 +290,7 @@ class Cluster:
         """Who has replicas, or loads, there may have more or fewer that can work."""
         self._changed_workers[id] = None
         for replica_id in self._replicas_at.of(id):
-            self._touched_names[self.replicas[replica_id].deployment] = None
+            self.touch(self.replicas[replica_id].deployment)
 
     def _recount_server(self, id: str) -> None:
         for replica_id in self._replicas_in.of(id):
@@ -352,7 +331,7 @@ class Cluster:
         for id in sorted(ids.symmetric_difference(self._needed)):
             replica = self.replicas.get(id)
             if replica is not None:
-                self._touched_names[replica.deployment] = None
+                self.touch(replica.deployment)
         self._needed = ids
 
     @property
@@ -364,7 +343,7 @@ class Cluster:
     def floors(self, floors: dict[str, int]) -> None:
         for name in (*floors, *self._floors):
             if floors.get(name) != self._floors.get(name):
-                self._touched_names[name] = None
+                self.touch(name)
         self._floors = floors
 
     def take_touched(self) -> list[str]:
@@ -374,8 +353,10 @@ class Cluster:
         return names
 
     def touch(self, name: str) -> None:
-        """Something about this deployment has changed that the picture does not show."""
+        """Something about this deployment has changed."""
         self._touched_names[name] = None
+        self._serving.pop(name, None)
+        self._coming.pop(name, None)
 
     def mark_workers(self, replica: ReplicaRecord) -> None:
         """What its workers could give to others may have changed with time."""
@@ -468,6 +449,7 @@ class Cluster:
     def replace(self, view: ClusterView, asked_at: float, now: float) -> list[ReplicaRecord]:
         """Take over a look at the registry that was begun at `asked_at`; the replicas that are gone since."""
         gone: list[ReplicaRecord] = []
+        self._looked_at = max(self._looked_at, asked_at)
         for server in view.servers:
             if not self.fresher_than("server", server.server_id, asked_at):
                 self.put(server, now)
@@ -504,7 +486,7 @@ class Cluster:
                 self.depths[name] = count
         for name in [name for name, at in self.hinted_at.items() if at <= asked_at]:
             del self.hinted_at[name]
-            self._touched_names[name] = None
+            self.touch(name)
 
     def outstanding(self, name: str) -> int:
         """Requests waiting or running, as far as known: a hint counts as one until the queues are read again.
@@ -525,25 +507,30 @@ class Cluster:
 
     def serving(self, name: str) -> list[ReplicaRecord]:
         """Replicas of a deployment's present revision that load or answer and are not about to leave, by id."""
-        deployment = self.deployments.get(name)
-        if deployment is None:
-            return []
-        return [
-            replica
-            for replica in self.replicas_of(name)
-            if replica.revision == deployment.revision
-            and replica.state is not ReplicaState.DRAINING
-            and replica.replica_id not in self.stops
-            and self.alive(replica)
-        ]
+        found = self._serving.get(name)
+        if found is None:
+            deployment = self.deployments.get(name)
+            found = self._serving[name] = [
+                replica
+                for replica in (self.replicas_of(name) if deployment is not None else ())
+                if deployment is not None
+                and replica.revision == deployment.revision
+                and replica.state is not ReplicaState.DRAINING
+                and replica.replica_id not in self.stops
+                and self.alive(replica)
+            ]
+        return found
 
     def coming(self, name: str) -> list[PendingLoad]:
         """Commanded loads of a deployment's present revision, by id."""
-        deployment = self.deployments.get(name)
-        if deployment is None:
-            return []
-        loads = (self.loads[id] for id in self._loads_of.of(name))
-        return [load for load in loads if load.revision == deployment.revision]
+        found = self._coming.get(name)
+        if found is None:
+            deployment = self.deployments.get(name)
+            loads = (self.loads[id] for id in self._loads_of.of(name))
+            found = self._coming[name] = [
+                load for load in loads if deployment is not None and load.revision == deployment.revision
+            ]
+        return found
 
     def replicas_of(self, name: str) -> list[ReplicaRecord]:
         """Every replica of a deployment, of whatever revision and state, by id."""
@@ -719,11 +706,18 @@ class Cluster:
         while self._expiries and self._expiries[0][0] <= now:
             at, kind, id = heapq.heappop(self._expiries)
             if kind == "load" and id in self.loads and self.loads[id].expires_at == at:
-                loads.append(self.loads.pop(id))
+                self._overdue[id] = at
             elif kind == "stop" and id in self.stops and self.stops[id].expires_at == at:
                 stops.append(self.stops.pop(id))
             elif kind == "room" and id in self.rooms and self.rooms[id].expires_at == at:
                 rooms.append(self.rooms.pop(id))
+        # A registry that cannot be read shows no replica, which is no sign that none was loaded.
+        for id, at in sorted(self._overdue.items()):
+            if id not in self.loads:
+                del self._overdue[id]
+            elif self._looked_at >= at:
+                del self._overdue[id]
+                loads.append(self.loads.pop(id))
         return loads, stops, rooms
 
     def next_expiry(self) -> float:
@@ -734,7 +728,7 @@ class Cluster:
         while self._expiries:
             at, kind, id = self._expiries[0]
             entry = kinds[kind].get(id)
-            if entry is not None and entry.expires_at == at:
+            if entry is not None and entry.expires_at == at and id not in self._overdue:
                 return at
             heapq.heappop(self._expiries)
         return math.inf

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Final, assert_never
 
 from services.scheduler import autoscale, choice
-from services.scheduler.ahead import Ahead
 from services.scheduler.clearing import Clearing
 from services.scheduler.cluster import Cluster, PendingStop, serves
 from services.scheduler.demand import DemandKept
@@ -26,7 +25,6 @@ from services.scheduler.events import (
     Action,
     Answer,
     CommandLoad,
-    CommandPrefetch,
     DeleteAsked,
     DemandHinted,
     DeployAsked,
@@ -69,10 +67,10 @@ from services.scheduler.events import (
 )
 from services.scheduler.fairness import Bound, Fairness
 from services.scheduler.figures import Figures, Tally, parks
+from services.scheduler.foresight import Foresight
 from services.scheduler.health import Health
 from services.scheduler.looks import FOLLOWED, Looks
 from services.scheduler.moves import Moves
-from services.scheduler.outlook import Outlook
 from services.scheduler.placing import Decide, Placing
 from services.scheduler.rules import Rules
 from services.scheduler.scene import Scene
@@ -80,7 +78,6 @@ from services.scheduler.terms import Decision, Means, Outcome
 from shared.contracts.migration import MigrationReason
 from shared.contracts.placement import Explain, Explanation, ReplicaLoaded
 from shared.contracts.records import DeploymentRecord, DeploymentState, ReplicaRecord, ReplicaState, ServerRecord
-from shared.contracts.residency import Prefetch
 from shared.errors import Code, Failure
 
 # Who waits for room is tried again when something may have made room, but not more often than this.
@@ -88,13 +85,15 @@ RETRY_S: Final = 0.1
 # What fits nowhere costs a close look each time; so many are looked at within one event, the others a moment later.
 MOST_TRIES: Final = 4
 LATER_S: Final = 0.02
+EXPLAINED_S: Final = 5.0  # why somebody waits is worked out in full so often
 
 
 @dataclass(slots=True)
 class Deferral:
     """A deployment that waits for room: since which state of the picture, and when to try again.
 
-    `kinds` are the reasons, roughly: the log wants to know when they change. Once something may have made room it is
+    `kinds` are the reasons, roughly: the log wants to know when they change, and until `explained_until` they are not
+    asked for anew. Once something may have made room it is
     tried again from `again_at` on, and at `latest_at` whatever has happened.
     """
 
@@ -102,6 +101,7 @@ class Deferral:
     releases: int
     again_at: float
     latest_at: float
+    explained_until: float
 
 
 class Core:
@@ -116,7 +116,8 @@ class Core:
         self.estimator = Estimator(priors or Priors())
         self.fairness = Fairness(rules.fairness)
         self.demand = DemandKept()
-        self.ahead = Ahead(rules.ahead)
+        self.tally = Tally()
+        self.foresight = Foresight(rules.ahead, cluster, self.estimator, self.demand.arrivals, self.tally)
         self.deployments = Deployments(cluster)
         scene = Scene(rules, cluster, self.estimator, self.fairness, self.demand, self._destinations)
         self.placing = Placing(rules, cluster, scene, self.fairness, self.demand, decide, instance=instance)
@@ -126,7 +127,6 @@ class Core:
         self.clearing = Clearing(rules, cluster, self.placing, self.fairness, self.moves.begin)
         self.counts = self.placing.counts
         self.decisions = self.placing.decisions
-        self.tally = Tally()
         self._bound: Bound | None = None
         self._startups: dict[str, float] = {}
         self._oriented = False
@@ -250,11 +250,8 @@ class Core:
                 self._stop_refused(event, now, out)
             case ReplicaBroke():
                 self._replica_broke(event, now, out)
-            case PrefetchDone():
-                self.ahead.done(event.server_id, event.checkpoint_id, event.tier, now)
-                return False
-            case PrefetchRefused():
-                self.ahead.refused(event.server_id, event.checkpoint_id, event.tier, now)
+            case PrefetchDone() | PrefetchRefused():
+                self.foresight.heard(event, now)
                 return False
             case MoveAsked():
                 self.moves.asked(event, now, out)
@@ -290,7 +287,7 @@ class Core:
         for one in event.view.replicas:
             self.estimator.replica_said(one, now)
         self._count_places(now, out)
-        self._look_ahead(now, out)
+        self.foresight.look(now, out, waiting=bool(self._wanting_since))
         if self._oriented:
             self.deployments.compare(event.view, event.asked_at, now, out)
         else:
@@ -331,7 +328,7 @@ class Core:
         if kind == "server":
             self.cluster.remove_server(id)
             self.estimator.forget_server(id)
-            self.ahead.server_gone(id)
+            self.foresight.server_gone(id)
         elif kind == "worker":
             self.cluster.remove_worker(id)
         else:
@@ -467,24 +464,6 @@ class Core:
                 "places": bound.places,
             }
             out.append(Note("bound.held" if bound.held else "bound.lost", facts))
-
-    def _look_ahead(self, now: float, out: list[Action]) -> None:
-        """Bring near what will be asked for, as long as nobody waits."""
-        waiting = bool(self._wanting_since)
-        outlook = Outlook(self.cluster, self.demand.arrivals, self.estimator, now, waiting)
-        for one in self.ahead.plan(now, outlook):
-            out.append(
-                CommandPrefetch(one.server_id, Prefetch(checkpoint_id=one.key, source=one.source, tier=one.tier))
-            )
-            self.tally.prefetched(one.tier)
-            facts: dict[str, Fact] = {
-                "deployment": one.deployment,
-                "server_id": one.server_id,
-                "tier": one.tier,
-                "weight_bytes": one.weight_bytes,
-                "saves_s": round(one.saves_s, 4),
-            }
-            out.append(Note("checkpoint.prefetched", facts))
 
     def _destinations(self, replica: ReplicaRecord, now: float) -> Sequence[tuple[str, str, int]]:
         """Where what runs in a replica could go at once."""
@@ -683,7 +662,7 @@ class Core:
             if tries >= MOST_TRIES:
                 self._wake = min(self._wake, now + LATER_S)
                 break
-            if not self._try_now(name, rank, now):
+            if not self._try_now(name, rank, now) or not self._allowed(name, now):
                 continue
             for _ in range(self._missing(name)):
                 if not self._place(name, now, out):
@@ -707,6 +686,15 @@ class Core:
         self._wake = min(self._wake, due)
         return False
 
+    def _allowed(self, name: str, now: float) -> bool:
+        """Whether one more replica of a deployment that has some takes no place that was promised to others."""
+        if not self.cluster.serving(name) and not self.cluster.coming(name):
+            return True
+        if self.fairness.allows(name, self._startup_s(name, self.cluster.deployments[name]), now):
+            return True
+        self._wake = min(self._wake, now + self.rules.look_interval_s)
+        return False
+
     def _place(self, name: str, now: float, out: list[Action]) -> bool:
         """Decide about one replica; whether it was placed."""
         record = self.cluster.deployments[name]
@@ -719,6 +707,7 @@ class Core:
             avoid=self.health.avoided(name),
             load_s=self._startup_s(name, record),
             means=means,
+            explain=now >= self._explained_until(name),
         )
         if self.placing.wake_for < math.inf:
             self._review_at(name, max(self.placing.wake_for, now + LATER_S))
@@ -742,6 +731,10 @@ class Core:
                 assert_never(decision.outcome)
         return False
 
+    def _explained_until(self, name: str) -> float:
+        deferred = self._deferred.get(name)
+        return deferred.explained_until if deferred is not None else -math.inf
+
     def _means(self, name: str, now: float) -> Means:
         """What may be done to make room for this one: only for a first replica that somebody waits for is anybody
         disturbed who runs something."""
@@ -757,9 +750,12 @@ class Core:
         # What is short may change with every byte; the log wants to know when the kind of the reason changes.
         kinds = decision.outcome.value + "".join(one.refused.split(" ")[0] for one in decision.candidates)
         known = self._deferred.get(name)
+        explained_until = now + EXPLAINED_S
+        if known is not None and now < known.explained_until:
+            kinds, explained_until = known.kinds, known.explained_until
         changed = known is None or known.kinds != kinds
         latest_at = min(latest_at, now + self.rules.look_interval_s)
-        self._deferred[name] = Deferral(kinds, self.cluster.releases, now + RETRY_S, latest_at)
+        self._deferred[name] = Deferral(kinds, self.cluster.releases, now + RETRY_S, latest_at, explained_until)
         self._wake = min(self._wake, latest_at)
         # Perhaps somebody is idle by now, which the queues know first.
         if changed:

@@ -26,7 +26,7 @@ from shared.contracts.placement import LoadReplica, StopReplica
 from shared.contracts.records import DeploymentRecord, ReplicaRecord
 from shared.errors import Failure
 
-PATIENCE: Final = 2.0  # room that takes so many times its estimate is not waited for if there is another place
+PATIENCE: Final = 3.0  # room that takes so many times its estimate is not waited for if there is another place
 
 # Where one more replica goes: `choice.decide`, or what it is compared with.
 Decide = Callable[[Ask, View, float], Decision]
@@ -140,6 +140,7 @@ class Placing:
         avoid: Mapping[str, Failure],
         load_s: float = 0.0,
         means: Means | None = None,
+        explain: bool = True,
         move_id: str = "",
         at: str = "",
         away_from: str = "",
@@ -155,14 +156,15 @@ class Placing:
         owner = owner_of(move_id) if move_id else name
         means = means if means is not None else Means(move=False, wait=False)
         if owner in cluster.rooms:
-            # While room is being made nobody else is asked to leave; but what has become free meanwhile is taken.
-            means = Means(evict=False, below_min=False, move=False, wait=False)
+            # While room is being made nobody else is asked to leave who runs something; but what has become free
+            # meanwhile is taken, or idle, if those who leave take their time.
+            means = Means(evict=cluster.rooms[owner].slow, below_min=False, move=False, wait=False)
         reserve = cluster.outstanding(name) == 0 and not move_id
         self._scene.look(
             name, now, load_s=load_s, reserve=reserve, spared=lambda id: self._not_before.get(id, -math.inf) > now
         )
         ask = replace(
-            ask_for(cluster, record, means=means), owner=owner, at=at, away_from=away_from, avoid=avoid
+            ask_for(cluster, record, means=means), owner=owner, at=at, away_from=away_from, avoid=avoid, explain=explain
         )  # fmt: skip
         decision = self._decide(ask, self._scene, now)
         if not self._worth_taking(owner, decision, now):
@@ -254,8 +256,9 @@ class Placing:
         victims = ", ".join(f"{one.deployment} ({cluster.idle_s(one, now):.1f} s idle)" for one in leaving)
         out.append(Note("placement.evicted", self.told(ask, decision, victims=victims)))
 
-    def reserve(self, owner: str, ask: Ask, chosen: Candidate, now: float, until: float) -> None:
-        """Nobody else may take what those who leave for `owner` give back, until then."""
+    def reserve(self, owner: str, ask: Ask, chosen: Candidate, now: float, until: float, *, slow: bool = False) -> None:
+        """Nobody else may take what those who leave for `owner` give back, until then. `slow`: some of them run
+        something."""
         for id in chosen.room.victims:
             self._demand.evictions.evicted(self._cluster.replicas[id].deployment, ask.need.deployment, now)
         self._cluster.rooms[owner] = Room(
@@ -268,6 +271,7 @@ class Placing:
             victims=chosen.room.victims,
             expires_at=until,
             owner=owner,
+            slow=slow,
             due_at=now + chosen.startup.total_s,
             patient_until=now + PATIENCE * chosen.startup.room_s,
         )

@@ -1,8 +1,9 @@
-"""A dictionary that tells of every change, so that what is derived from it never has to be worked out anew. Pure."""
+"""A dictionary that tells of every change, so that what is derived from it never has to be worked out anew; and an
+index. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar, overload
 
 V = TypeVar("V")
@@ -60,3 +61,30 @@ class Table(dict[str, V]):
     def update(self, *_: Any, **__: Any) -> NoReturn:
         """Not there."""
         raise NotImplementedError
+
+
+class Groups:
+    """Ids by group, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._ids: dict[str, dict[str, None]] = {}
+
+    def add(self, group: str, id: str) -> None:
+        """It belongs to this group, too."""
+        self._ids.setdefault(group, {})[id] = None
+
+    def drop(self, group: str, id: str) -> None:
+        """It does not belong to this group any more."""
+        ids = self._ids.get(group)
+        if ids is not None:
+            ids.pop(id, None)
+            if not ids:
+                del self._ids[group]
+
+    def of(self, group: str) -> Sequence[str]:
+        """The ids of a group, sorted."""
+        ids = self._ids.get(group)
+        return sorted(ids) if ids else ()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ids)

@@ -67,7 +67,7 @@ class Ask:
 
     `owner` is for whom ("": the deployment): room that is being made for it counts as free. `at` asks about one worker
     only, `away_from` about all but one. `avoid` maps servers that have just failed to load it to how they did.
-    `unwanted` are workers that are spoken for.
+    `unwanted` are workers that are spoken for. `explain`: some more places are looked at, only to be shown.
     """
 
     need: Need
@@ -80,6 +80,7 @@ class Ask:
     avoid: Mapping[str, Failure] = field(default_factory=dict)
     unwanted: frozenset[str] = frozenset()
     means: Means = Means()
+    explain: bool = True
 
 
 @dataclass(frozen=True, slots=True)
