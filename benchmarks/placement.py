@@ -40,7 +40,9 @@ TEXTS: Final = {
 **Measured** (`python -m benchmarks.placement --only estimates`): {loads} loads of models of {sizes} on two servers
 with two workers each, everything on one machine with {cores} cores and one disk, in random order; load average
 {load_average:.0f} at the end (the machine was shared with other work). Errors are
-|estimate − startup| / startup.""",
+|estimate − startup| / startup. *Of its likes*: how far loads that did not wait were from the median of all others of
+the same model from the same tier, which is what even somebody would be off who knew everything but what else the
+machine does.""",
     "moving": """\
 **Moving pays** (`python -m benchmarks.placement --only moving`): the wanted model of {size} is in the DRAM of server A
 only, a long stream runs on each of A's two workers, B's two are free, and B has the model of the streams in its DRAM.
@@ -72,7 +74,11 @@ async def measure_estimates(
     figures["learning"] = learning
     tables: list[Table] = [
         ("Startup estimates", estimates.COLUMNS, estimates.rows(loads, learning)),
-        ("Where they are off", estimates.PART_COLUMNS, estimates.part_rows(loads, learning)),
+        (
+            "Estimate − actual by part, medians in % of the startup",
+            estimates.PART_COLUMNS,
+            estimates.part_rows(loads, learning),
+        ),
     ]
     return tables, figures
 

@@ -22,6 +22,7 @@ BUSY_STREAMS: Final = 2
 AT_ONCE: Final = 3
 SPREAD_S: Final = 0.2  # loads at once are asked for within it
 EXPLAIN_S: Final = 5.0
+LIKES: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,9 +215,12 @@ def _parts(parts: dict[str, float]) -> str:
 
 # -- tables ------------------------------------------------------------------------------------------------------------
 
-COLUMNS: Final = ("loads", "count", "startup, median s", "least–most s", "median error %", "P95 error %")
+COLUMNS: Final = (
+    "loads", "count", "startup, median s", "least–most s", "median error %", "P95 error %", "of its likes, median %",
+    "P95 %",
+)  # fmt: skip
 PART_COLUMNS: Final = (
-    "estimate − actual, median in % of the startup", "waiting", "bytes", "attaching", "all", "P95 of |all|",
+    "estimate − actual, median %", "waiting", "bytes", "attaching", "all", "P95 of |all|",
 )  # fmt: skip
 
 
@@ -229,7 +233,23 @@ def quantile(values: Iterable[float], part: float) -> float:
     return ordered[low] + (at - low) * (ordered[high] - ordered[low])
 
 
+def unlike(loads: Sequence[dict[str, Any]]) -> list[float]:
+    """How far loads that did not wait are from the median of all others of the same model from the same tier, relative
+    to what they took: what is left if everything is known but what else the machine does. Of 4 likes at least."""
+    likes: dict[tuple[str, str], list[float]] = {}
+    for one in loads:
+        if one["actual"]["wait_s"] == 0:
+            likes.setdefault((one["shape"], one["tier"]), []).append(one["actual_s"])
+    return [
+        abs(statistics.median([*took[:at], *took[at + 1 :]]) - took[at]) / took[at]
+        for took in likes.values()
+        if len(took) >= LIKES
+        for at in range(len(took))
+    ]
+
+
 def _row(label: str, loads: Sequence[dict[str, Any]]) -> list[str]:
+    spread = unlike(loads)
     took = [one["actual_s"] for one in loads]
     errors = [one["error"] for one in loads]
     return [
@@ -239,6 +259,8 @@ def _row(label: str, loads: Sequence[dict[str, Any]]) -> list[str]:
         f"{min(took):.2f}–{max(took):.2f}",
         f"{100 * statistics.median(errors):.0f}",
         f"{100 * quantile(errors, 0.95):.0f}",
+        f"{100 * statistics.median(spread):.0f}" if spread else "–",
+        f"{100 * quantile(spread, 0.95):.0f}" if spread else "–",
     ]
 
 

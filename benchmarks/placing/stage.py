@@ -23,6 +23,8 @@ from tests.builders.servers import start_nats, start_redis
 SERVERS: Final = ("server-1", "server-2")
 SIDES: Final = {"server-1": "a", "server-2": "b"}
 LOOK_S: Final = 0.05
+RETRY_S: Final = 0.5
+RETRIES: Final = 20
 NOWHERE: Final = ""
 PATIENCE_S: Final = 120.0
 
@@ -70,12 +72,17 @@ class Stage:
         return key
 
     async def get(self, path: str) -> Any:
-        """GET of JSON. Raises RuntimeError when it is refused."""
-        async with self.session.get(self.cluster.url + path) as answer:
-            text = await answer.text()
-        if answer.status != 200:
-            raise RuntimeError(f"{path}: {answer.status} {text[:300]}")
-        return json.loads(text)
+        """GET of JSON. Raises RuntimeError when it is refused; a scheduler that has lost its lease gets time to lead
+        again."""
+        for _ in range(RETRIES):
+            async with self.session.get(self.cluster.url + path) as answer:
+                text = await answer.text()
+            if answer.status == 200:
+                return json.loads(text)
+            if answer.status != 503:
+                break
+            await asyncio.sleep(RETRY_S)
+        raise RuntimeError(f"{path}: {answer.status} {text[:300]}")
 
     async def view(self) -> dict[str, Any]:
         """What the registry says."""
