@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(300)]
 
 A, B = "worker-1-1", "worker-2-1"
 ON_A = {"zone": "a"}
-TOKENS = 1900
+TOKENS = 1400
 Spread = dict[str, list[str]]
 
 
@@ -106,7 +106,7 @@ def drain(cluster: Cluster, worker: str, on: bool) -> None:
 
 def test_a_stream_moves_out_of_the_way_and_its_client_cannot_tell(pair: Cluster, models: Models) -> None:
     """A has the newcomer's checkpoint, and runs a long stream; B is free."""
-    pair.deploy("runs", models("llama", context=2048, eos=False, layers=6), keep_alive_s=0.5)
+    pair.deploy("runs", models("llama", context=2048, eos=False, layers=4), keep_alive_s=0.5)
     pair.deploy("wanted", models("llama", seed=2), labels=ON_A, keep_alive_s=5)
     undisturbed = alone(pair, ask("wanted"))
     call = ask("runs", TOKENS)
@@ -139,7 +139,7 @@ def test_a_stream_moves_out_of_the_way_and_its_client_cannot_tell(pair: Cluster,
 def test_the_urgent_go_first_and_what_is_parked_goes_on_exactly(pair: Cluster, models: Models) -> None:
     """One place for all of them: nobody can move."""
     options: dict[str, Any] = {"labels": ON_A, "keep_alive_s": 0.5}
-    pair.deploy("runs", models("llama", context=2048, eos=False, layers=6), **options)
+    pair.deploy("runs", models("llama", context=2048, eos=False, layers=4), **options)
     pair.deploy("urgent", models("llama", seed=2), priority=5, **options)
     undisturbed = alone(pair, ask("urgent"))
     call = ask("runs", TOKENS)
@@ -169,7 +169,7 @@ def test_labels_are_honoured_and_what_nobody_carries_is_said(pair: Cluster, mode
 
 
 def test_replicas_follow_the_load_up_and_down(pair: Cluster, models: Models) -> None:
-    source = models("llama", context=2048, eos=False, layers=6)
+    source = models("llama", context=2048, eos=False, layers=4)
     pair.deploy("elastic", source, max_replicas=2, target_concurrency=1, keep_alive_s=0.5)
     calls = [ask("elastic", TOKENS, prompt=f"number {number}") for number in range(2)]
     streams = [Stream(pair.url, call) for call in calls]
