@@ -84,6 +84,7 @@ from shared.errors import Code, Failure
 RETRY_S: Final = 0.1
 # What fits nowhere costs a close look each time; so many are looked at within one event, the others a moment later.
 MOST_TRIES: Final = 4
+FIRST: Final = 2  # in line, who know at once
 LATER_S: Final = 0.02
 EXPLAINED_S: Final = 5.0  # why somebody waits is worked out in full so often
 
@@ -466,7 +467,16 @@ class Core:
             out.append(Note("bound.held" if bound.held else "bound.lost", facts))
 
     def _destinations(self, replica: ReplicaRecord, now: float) -> Sequence[tuple[str, str, int]]:
-        """Where what runs in a replica could go at once."""
+        """Where what runs in a replica could go at once.
+
+        Only if its deployment can do with one replica less: else it would want another one as soon as it has gone.
+        """
+        name = replica.deployment
+        if name not in self.cluster.deployments:
+            return []
+        wanted = autoscale.wanted_replicas(self.cluster, name, floor=self.demand.floor(name))
+        if len(self.cluster.serving(name)) <= wanted:
+            return []
         found = self.moves.destinations(replica, now)
         return [(one.worker_id, one.replica_id, one.free) for one in found if not one.refused and one.free > 0]
 
@@ -656,13 +666,18 @@ class Core:
             return
         suspended = self.health.suspended(now)
         tries = 0
-        for rank, name in enumerate(self._order(now)):
+        order = self._order(now)
+        # Nobody behind the first in line is given what they could have by now, though nothing but time has changed.
+        due = any(self._try_now(name, rank, now) for rank, name in enumerate(order))
+        for rank, name in enumerate(order):
             if name in suspended or self.health.resting(name, now):
                 continue
             if tries >= MOST_TRIES:
                 self._wake = min(self._wake, now + LATER_S)
                 break
-            if not self._try_now(name, rank, now) or not self._allowed(name, now):
+            if not (due and rank < FIRST) and not self._try_now(name, rank, now):
+                continue
+            if not self._allowed(name, now):
                 continue
             for _ in range(self._missing(name)):
                 if not self._place(name, now, out):
@@ -681,7 +696,7 @@ class Core:
             return True
         changed = deferred.releases != self.cluster.releases
         due = deferred.again_at if changed else deferred.latest_at
-        if due <= now or (changed and rank < MOST_TRIES // 2):
+        if due <= now or (changed and rank < FIRST):
             return True
         self._wake = min(self._wake, due)
         return False
