@@ -217,6 +217,25 @@ def test_room_that_is_being_made_is_waited_for_as_long_as_it_is_the_soonest_way(
     assert [one.worker_id for one in desk.take(CommandLoad, lambda one: one.message.deployment == "m")] == ["b1"]
 
 
+def test_who_comes_later_does_not_get_the_turn_that_has_just_come() -> None:
+    desk = small()
+    desk.add(picture.deployment(picture.spec("b"), picture.checkpoint("ck-b", kv=400)))
+    desk = Desk(deployments=desk.deployments, servers=desk.servers, workers=desk.workers).start()
+    desk.queue("x", 1)
+    desk.hint("x")
+    desk.loaded(running=1)
+    desk.wait(4.6)
+    desk.queue("m", 1)
+    desk.hint("m")
+    assert desk.take(CommandStop) == []  # x has not had its turn yet
+    desk.wait(0.5)
+    desk.take(CommandStop)
+    desk.take(Note)
+    desk.queue("b", 1)
+    desk.hint("b")
+    assert [room.deployment for room in desk.core.cluster.rooms.values()] == ["m"]
+
+
 def test_a_refused_eviction_is_tried_again_when_the_replica_is_idle() -> None:
     desk = small()
     desk.hint("x")
