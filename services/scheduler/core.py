@@ -737,6 +737,7 @@ class Core:
             case Outcome.MAKE_ROOM:
                 self.clearing.begin(ask, decision, now, out)
             case Outcome.IMPOSSIBLE:
+                self.fairness.satisfied(name, now)  # nobody's turn is kept for what cannot be
                 patient_until = self._despair(name, now, out)
                 self._defer(decision, now, out, latest_at=patient_until)
             case Outcome.WAIT:
