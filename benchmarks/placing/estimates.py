@@ -220,7 +220,7 @@ COLUMNS: Final = (
     "P95 %",
 )  # fmt: skip
 PART_COLUMNS: Final = (
-    "estimate − actual, median %", "waiting", "bytes", "attaching", "all", "P95 of |all|",
+    "estimate − actual, median %", "waiting", "bytes", "attaching", "all", "P95 of the error",
 )  # fmt: skip
 
 

@@ -37,6 +37,7 @@ LEAST_SECONDS_PER_BYTE: Final = 1e-13  # nothing is faster
 OUTPUT_KEPT: Final = 0.99  # of the weight of earlier requests, for every one that ends
 RESUME_SCALE_TOKENS: Final = 1000.0
 SCALE_BYTES: Final = float(1 << 30)
+KNOWN_LOADS: Final = 3  # of all servers from one tier, after which their line is believed of another one
 EULER_GAMMA: Final = 0.5772156649
 WAITED: Final = 1.02  # move + attach this many times all of the work: the worker has waited for bytes
 # What a request that has generated more than the average is still expected to generate, in averages: none if all are
@@ -165,7 +166,7 @@ class Estimator:
             return ()
         server = self._server(report.server_id)
         if tier not in server.own:
-            server.own[tier] = Fit(self._moving(report.server_id, tier), SCALE_BYTES)
+            server.own[tier] = Fit(self._belief(report.server_id, tier), SCALE_BYTES)
         server.own[tier].learn(report.moved_bytes, report.move_s)
         common = self._common[tier]
         common.learn(report.moved_bytes, report.move_s)
@@ -358,6 +359,11 @@ class Estimator:
         if server is not None and tier in server.said:
             return Straight(server.said[tier], shared.base)
         return shared
+
+    def _belief(self, server_id: str, tier: str) -> Straight:
+        """What is believed of a server before its first load: what its store has measured is a rate of whole transfers,
+        latency included. After a small one that is far from what a large one gets, so others' loads say more."""
+        return self._shared[tier] if self._common[tier].points >= KNOWN_LOADS else self._moving(server_id, tier)
 
     def _move_s(self, server_id: str, tier: str, size_bytes: int) -> float:
         return self.latency_s(server_id, tier) + size_bytes * self.seconds_per_byte(server_id, tier)

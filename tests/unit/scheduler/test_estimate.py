@@ -201,6 +201,16 @@ def test_what_a_store_has_measured_counts_until_loads_have_shown_it() -> None:
     assert estimator.bandwidth("s1", "ssd") == estimator.bandwidth("nobody", "ssd") > 5e9
 
 
+def test_a_small_slow_transfer_says_little_of_a_server_when_others_are_known() -> None:
+    """A store's rate of a small transfer is mostly latency."""
+    estimator = Estimator()
+    for size_bytes in (50 * MIB, 500 * MIB, GIB):
+        estimator.loaded(moved(size_bytes, 1e9, "remote"), 0.0)
+    estimator.server_said(server("s2", remote_bytes_per_s=8e7), 0.0)
+    estimator.loaded(moved(50 * MIB, 8e7, "remote", server_id="s2"), 0.0)
+    assert estimator.bandwidth("s2", "remote") > 1.5e8
+
+
 def test_a_load_from_dram_says_nothing_of_bandwidths() -> None:
     estimator = Estimator(Priors())
     assert estimator.loaded(load("dram"), 0.0) == ()
