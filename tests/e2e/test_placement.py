@@ -15,8 +15,7 @@ pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(300)]
 
 A, B = "worker-1-1", "worker-2-1"
 ON_A = {"zone": "a"}
-TOKENS = 1400
-Spread = dict[str, list[str]]
+TOKENS = 1100
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +167,7 @@ def test_labels_are_honoured_and_what_nobody_carries_is_said(pair: Cluster, mode
     assert stream.wait().fault
 
 
+@pytest.mark.by_hand
 def test_replicas_follow_the_load_up_and_down(pair: Cluster, models: Models) -> None:
     source = models("llama", context=2048, eos=False, layers=4)
     pair.deploy("elastic", source, max_replicas=2, target_concurrency=1, keep_alive_s=0.5)
