@@ -22,8 +22,8 @@ from typing import Any, Final
 
 from benchmarks.report import percentile, show, write
 from services.scheduler.choice import decide
-from services.scheduler.cluster import Need
 from services.scheduler.columns import Columns
+from services.scheduler.commands import Need
 from services.scheduler.estimate import Estimator
 from services.scheduler.terms import Ask, Tenant
 from shared.contracts.records import Phase, ServerRecord, WorkerRecord

@@ -22,6 +22,7 @@ LINE_BYTES: Final = 2**20
 PR_SET_PDEATHSIG: Final = 1
 # How long after its end a child's output may still be held open by somebody else.
 OUTPUT_S: Final = 2.0
+KILLED_S: Final = 5.0
 
 Show = Callable[[ChildPlan, str], None]
 Tell = Callable[[str, str], None]
@@ -109,6 +110,9 @@ class Child:
             return None
         finally:
             self.kill()
+            if self._process is not None:  # cancelled: a killed process is not gone before it has been waited for
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._process.wait(), KILLED_S)
             self._log.close()
 
     async def _life(self) -> int:

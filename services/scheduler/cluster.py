@@ -10,11 +10,12 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 from services.scheduler.absent import Absent
 from services.scheduler.books import Books, Occupant, Room
+from services.scheduler.commands import Need, PendingLoad, PendingStop
 from services.scheduler.table import Groups, Table
 from shared.capacity import context_tokens, kv_cache_bytes
 from shared.contracts.records import (
@@ -30,60 +31,9 @@ from shared.contracts.records import (
 
 # A store says with its next record what a stopped replica gave back; until then it is taken for given back.
 RELEASE_S: Final = 1.5
-
-
-@dataclass(frozen=True, slots=True)
-class Need:
-    """What one replica of a deployment needs.
-
-    `key` names its bytes: the checkpoint id, or the deployment while that is unknown.
-    """
-
-    deployment: str
-    key: str
-    weight_bytes: int
-    kv_bytes: int
-
-    devices: int = 1
-
-    def memory_bytes(self, device: str, *, streams: bool = False) -> int:
-        """Bytes of the device, or of all devices together. On the CPU the parameters are views on the DRAM pool and
-        cost nothing more, unless they only stream through it: then they are memory of the worker's own."""
-        return self.kv_bytes if device == "cpu" and not streams else self.weight_bytes + self.kv_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class PendingLoad:
-    """A commanded load whose replica the registry does not show yet; forgotten at monotonic second `expires_at`."""
-
-    replica_id: str
-    deployment: str
-    revision: str
-    worker_id: str
-    server_id: str
-    key: str
-    memory_bytes: int
-    weight_bytes: int
-    expires_at: float
-    peer_worker_ids: tuple[str, ...] = ()
-
-    @property
-    def worker_ids(self) -> tuple[str, ...]:
-        """Every worker that it takes."""
-        return (self.worker_id, *self.peer_worker_ids)
-
-
-@dataclass(frozen=True, slots=True)
-class PendingStop:
-    """A commanded stop of a replica that the registry still shows."""
-
-    replica_id: str
-    deployment: str
-    worker_id: str
-    reason: str
-    drain: bool
-    abort: bool
-    expires_at: float
+# No replica id is used twice; so long an old record may be read of one that is gone.
+BURIED_S: Final = 60.0
+MOST_BURIED: Final = 4096
 
 
 def workers_of(replica: ReplicaRecord) -> tuple[str, ...]:
@@ -146,6 +96,8 @@ class Cluster:
         self._expiries: list[tuple[float, str, str]] = []
         self._overdue: dict[str, float] = {}  # loads that a look begun after that moment will not show
         self._looked_at = -math.inf
+        self._buried: dict[str, float] = {}
+        self._devices: dict[str, str] = {}  # of workers, also of those whose records are gone before their replicas'
         self.absent = Absent()
 
     # -- what follows from a change ------------------------------------------------------------------------------
@@ -186,6 +138,10 @@ class Cluster:
             self._workers_of.drop(old.server_id, id)
         if new is not None and (old is None or new.server_id != old.server_id):
             self._workers_of.add(new.server_id, id)
+        if new is not None:
+            self._devices[id] = new.device
+        elif not self._replicas_at.of(id):
+            self._devices.pop(id, None)
         if old is not None and new is not None and _same_worker(old, new):
             return
         self.releases += 1
@@ -210,6 +166,8 @@ class Cluster:
         if new is None:
             self.releases += 1
             self._drop_occupant(id)
+            if old is not None and old.worker_id not in self.workers:
+                self._devices.pop(old.worker_id, None)
         else:
             if old is None or (old.running > 0 and new.running == 0) or old.state is not new.state:
                 self.releases += 1
@@ -402,8 +360,17 @@ class Cluster:
         else:
             self._put_replica(record, now)
 
+    def bury(self, replica_id: str, now: float) -> None:
+        """Its worker has said that this replica is gone: what is read of it afterwards is old."""
+        self._buried.pop(replica_id, None)
+        self._buried[replica_id] = now + BURIED_S
+        while len(self._buried) > MOST_BURIED:
+            del self._buried[next(iter(self._buried))]
+
     def _put_replica(self, record: ReplicaRecord, now: float) -> None:
         id = record.replica_id
+        if now < self._buried.get(id, -math.inf):
+            return
         load = self.loads.pop(id, None)
         if load is not None:
             self._planned_bytes[id] = load.memory_bytes
@@ -636,8 +603,7 @@ class Cluster:
         return self.books.occupants[replica_id]
 
     def _occupant(self, replica: ReplicaRecord) -> Occupant:
-        worker = self.workers.get(replica.worker_id)
-        device = worker.device if worker is not None else "cpu"
+        device = self._devices.get(replica.worker_id, "cpu")
         deployment = self.deployments.get(replica.deployment)
         need = self.need(deployment) if deployment is not None else None
         memory = max(replica.memory_bytes, self._planned_bytes.get(replica.replica_id, 0))

@@ -12,12 +12,13 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final, assert_never
 
 from services.scheduler import autoscale, choice
 from services.scheduler.clearing import Clearing
-from services.scheduler.cluster import Cluster, PendingStop, serves
+from services.scheduler.cluster import Cluster, serves
+from services.scheduler.commands import PendingStop
+from services.scheduler.deferral import Deferral
 from services.scheduler.demand import DemandKept
 from services.scheduler.deployments import Deployments
 from services.scheduler.estimate import Estimator, Priors
@@ -87,22 +88,6 @@ MOST_TRIES: Final = 4
 FIRST: Final = 2  # in line, who know at once
 LATER_S: Final = 0.02
 EXPLAINED_S: Final = 5.0  # why somebody waits is worked out in full so often
-
-
-@dataclass(slots=True)
-class Deferral:
-    """A deployment that waits for room: since which state of the picture, and when to try again.
-
-    `kinds` are the reasons, roughly: the log wants to know when they change, and until `explained_until` they are not
-    asked for anew. Once something may have made room it is
-    tried again from `again_at` on, and at `latest_at` whatever has happened.
-    """
-
-    kinds: str
-    releases: int
-    again_at: float
-    latest_at: float
-    explained_until: float
 
 
 class Core:
@@ -302,6 +287,8 @@ class Core:
             return
         if event.deleted:
             self.looks.dropped(event.kind, event.id)
+            if event.kind == "replica":
+                self.cluster.bury(event.id, now)
             self._gone(event.kind, event.id, now, out)
         else:
             if event.kind == "worker":
@@ -365,6 +352,7 @@ class Core:
         cluster = self.cluster
         load = cluster.loads.pop(event.replica_id, None)
         cluster.touched("replica", event.replica_id, now)
+        cluster.bury(event.replica_id, now)
         replica = cluster.remove_replica(event.replica_id, now)
         self._let_go(event.replica_id, now)
         suspect = self.health.said(event.replica_id)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from services.scheduler.cluster import Need
+from services.scheduler.commands import Need
 from services.scheduler.terms import Ask
 from services.scheduler.view import View, count, labels_of, memory_on, pool_bytes, streams_on
 from shared.contracts.records import Phase, ServerRecord, WorkerRecord

@@ -15,7 +15,8 @@ import msgspec
 
 from services.scheduler.autoscale import Trouble
 from services.scheduler.choice import able_servers, too_large
-from services.scheduler.cluster import Cluster, Need
+from services.scheduler.cluster import Cluster
+from services.scheduler.commands import Need
 from services.scheduler.deployments import Deployments
 from services.scheduler.events import Action, Fact, Note
 from services.scheduler.placing import Placing

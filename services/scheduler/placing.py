@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from services.scheduler.books import Room, owner_of
-from services.scheduler.cluster import Cluster, PendingLoad, PendingStop
+from services.scheduler.cluster import Cluster
+from services.scheduler.commands import PendingLoad, PendingStop
 from services.scheduler.decisions import Decisions
 from services.scheduler.demand import DemandKept
 from services.scheduler.events import Action, CommandLoad, CommandStop, Decided, Fact, Note

@@ -9,7 +9,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from services.scheduler.cluster import Need
+from services.scheduler.commands import Need
 from shared.errors import Failure
 
 

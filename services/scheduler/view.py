@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
-from services.scheduler.cluster import Need
+from services.scheduler.commands import Need
 from services.scheduler.terms import Ask, Startup, Tenant
 from shared.contracts.records import ServerRecord, WorkerRecord
 

@@ -21,8 +21,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from services.scheduler.cluster import Need
 from services.scheduler.columns import Columns
+from services.scheduler.commands import Need
 from services.scheduler.terms import Ask, Means, Startup, Tenant
 from services.scheduler.view import Estimates, memory_on, pool_bytes, streams_on
 from shared.contracts.records import Phase, ServerRecord, WorkerRecord

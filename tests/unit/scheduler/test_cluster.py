@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from services.scheduler.cluster import Cluster
+from services.scheduler.commands import PendingLoad
 from shared.capacity import context_tokens, kv_cache_bytes
 from shared.contracts.records import ClusterView, ReplicaState
 from tests.unit.scheduler import picture
@@ -89,3 +90,35 @@ def test_what_a_replica_gave_back_counts_as_free_before_the_store_says_so() -> N
     assert cluster.leased_bytes(cluster.servers["a"], 9.0) == 300 * MIB
     cluster.put(picture.server("a", leased=0), 9.0)
     assert cluster.leased_bytes(cluster.servers["a"], 9.0) == 0
+
+
+def test_what_is_read_of_a_replica_that_its_worker_has_buried_is_old() -> None:
+    cluster = Cluster(kv_bytes_max=2**40)
+    record = picture.deployment(picture.spec(), picture.checkpoint())
+    cluster.put(picture.worker("a0"), 1.0)
+    cluster.put(picture.replica("m1", record), 1.0)
+    cluster.bury("m1", 2.0)
+    cluster.remove_replica("m1", 2.0)
+    cluster.put(picture.replica("m1", record), 3.0)
+    assert (dict(cluster.replicas), cluster.replica_count("a0")) == ({}, 0)
+
+
+def test_a_worker_whose_record_is_gone_has_the_device_that_it_had() -> None:
+    cluster = Cluster(kv_bytes_max=2**40)
+    record = picture.deployment(picture.spec(), picture.checkpoint(weights=300, kv=20))
+    cluster.deployments["m"] = record
+    cluster.put(picture.worker("a0", device="cuda:0"), 1.0)
+    cluster.put(picture.replica("m1", record, memory=320), 1.0)
+    cluster.remove_worker("a0")
+    cluster.put(picture.server("a"), 2.0)
+    assert cluster.pool_used_bytes("a", 2.0) == 0, "its parameters are on the GPU, whoever has last heard of it"
+
+
+def test_a_load_is_given_up_only_after_a_look_that_could_have_shown_it() -> None:
+    cluster = Cluster(kv_bytes_max=2**40)
+    cluster.loads["m1"] = PendingLoad("m1", "m", "r", "a0", "a", "ck-m", 1, 1, 10.0)
+    assert cluster.expire(11.0) == ([], [], []), "the registry has not been read since"
+    cluster.replace(ClusterView(), 9.0, 11.5)
+    assert cluster.expire(12.0)[0] == []
+    cluster.replace(ClusterView(), 10.5, 12.0)
+    assert [load.replica_id for load in cluster.expire(12.0)[0]] == ["m1"]
