@@ -42,8 +42,8 @@ TITLES: Final = {
     "ray_serve_cached": "Ray Serve-like, local cache",
     "shepherd": "Shepherd*-like",
 }
-WARM_UP_S: Final = 1800.0  # DRAM is empty at the start; the paper's was not
-PAPER: Final = Setting(wish=Wish(popularity="uniform"), target_concurrency=4, warm_up_s=WARM_UP_S)
+WARM_UP: Final = 0.5  # of the duration is not counted: DRAM is empty at the start; the paper's was not
+PAPER: Final = Setting(wish=Wish(popularity="uniform"), target_concurrency=4)
 MODELS: Final = ("opt-6.7b:32", "opt-13b:16", "opt-30b:8")
 LENGTHS: Final = ("gsm8k", "sharegpt")
 NOON_S: Final = 43200.0
@@ -57,12 +57,16 @@ class Scale:
     seeds: int = 10
     rates: Sequence[float] = RATES
     duration_s: float = 3600.0
-    warm_up_s: float = WARM_UP_S
     quick: bool = False
     processes: int = 1
 
+    @property
+    def warm_up_s(self) -> float:
+        """What is served at the start of a generated workload but not counted."""
+        return 0.0 if self.quick else WARM_UP * self.duration_s
 
-QUICK: Final = Scale(seeds=2, rates=RATES[:1], duration_s=300.0, quick=True, warm_up_s=0.0)
+
+QUICK: Final = Scale(seeds=2, rates=RATES[:1], duration_s=300.0, quick=True)
 
 
 @dataclass

@@ -151,7 +151,10 @@ def _spec(name: str, served: ServedModel, setting: Setting, hardware: Hardware) 
 
 
 def run(setting: Setting) -> Run:
-    """From words to figures. Raises what `world` raises."""
+    """From words to figures. Raises what `world` raises, and `HearthError` if nothing would be counted."""
+    duration_s = setting.wish.duration_s
+    if duration_s is not None and setting.warm_up_s >= duration_s:
+        raise HearthError(Code.INVALID_REQUEST, "The warm-up is as long as the workload: nothing would be counted.")
     made = world(setting)
     options = Options(time_limit_s=setting.time_limit_s, sample_s=setting.sample_s)
     fleet = Fleet(

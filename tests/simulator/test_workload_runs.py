@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from shared.errors import HearthError
-from simulator.experiments import EXPERIMENTS, MODELS, PAPER
+from simulator.experiments import EXPERIMENTS, MODELS, PAPER, Scale
 from simulator.fleet.model import Policy
 from simulator.profiles.profile import read
 from simulator.report.tables import put
-from simulator.runs import Setting, deployments, run_all, with_seeds, world
+from simulator.runs import Setting, deployments, run, run_all, with_seeds, world
 from simulator.simulate import digest
 from simulator.workload.named import Wish
 
@@ -82,3 +82,14 @@ def test_the_papers_fleet_is_the_papers() -> None:
 
     assert counts == [32, 16, 8]
     assert (len(hardware.servers), hardware.devices) == (4, 16)
+
+
+def test_a_warm_up_that_leaves_nothing_to_count_is_refused() -> None:
+    setting = Setting(wish=Wish(rate=1.0, duration_s=60.0), warm_up_s=60.0)
+    with pytest.raises(HearthError, match="nothing would be counted"):
+        run(setting)
+
+
+def test_half_of_a_generated_workload_is_counted_however_long_it_is() -> None:
+    assert Scale(duration_s=1800.0).warm_up_s == 900.0
+    assert Scale(duration_s=300.0, quick=True).warm_up_s == 0.0
