@@ -286,21 +286,14 @@ class Bus:
         answers within the endpoint's timeout plus `extra_s` seconds; too_large beyond the server's largest message.
         """
         subject = endpoint.subject(**ids)
+        payload = codec.encode(cast(msgspec.Struct, message))
         try:
-            msg = await self.client.request(
-                self._subject(subject),
-                codec.encode(cast(msgspec.Struct, message)),
-                timeout=endpoint.timeout_s + extra_s,
-            )
+            msg = await self._request(self._subject(subject), payload, endpoint.timeout_s + extra_s)
         except nats.errors.NoRespondersError as error:
             raise Unserved(Code.UNAVAILABLE, f"Nobody serves {subject}.") from error
         except nats.errors.MaxPayloadError as error:
             raise HearthError.of(self.too_large("call")) from error
-        except (nats.errors.Error, TimeoutError, asyncio.CancelledError) as error:
-            task = asyncio.current_task()
-            wanted = not self.client.is_closed or (task is not None and task.cancelling() > 0)
-            if isinstance(error, asyncio.CancelledError) and wanted:
-                raise  # we are cancelled, not the client's own waiting by its end
+        except (nats.errors.Error, TimeoutError) as error:
             raise HearthError(Code.UNAVAILABLE, f"{subject} did not answer in time.") from error
         try:
             answer: Any = codec.decode(msg.data, Union[(*endpoint.replies, Failure)])
@@ -309,6 +302,15 @@ class Bus:
         if isinstance(answer, Failure):
             raise HearthError.of(answer)
         return cast(R, answer)
+
+    async def _request(self, subject: str, payload: bytes, timeout_s: float) -> Msg:
+        try:
+            return await self.client.request(subject, payload, timeout=timeout_s)
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if not self.client.is_closed or (task is not None and task.cancelling() > 0):
+                raise  # we are cancelled, not the client's own waiting by its end
+            raise nats.errors.ConnectionClosedError from error
 
     async def subscribe(self, topic: Topic[M], handler: Callable[[M], None], **ids: str) -> Subscription:
         """Have `handler` called for every message, in order. Ids may be "*"."""
@@ -538,7 +540,12 @@ class Bus:
         try:
             async with asyncio.timeout(5.0):
                 await self._idle.wait()
-                await self.client.flush(timeout=5)
+                # Not the client's own `flush`: its PING goes straight to the socket, past subscriptions that still wait
+                # for the client's flusher. A request goes behind them, and the server at once says that nobody serves
+                # it; it takes the commands of a connection in order.
+                await self._request(self.inbox(), b"", 5.0)
+        except nats.errors.NoRespondersError:
+            return
         except (TimeoutError, nats.errors.Error) as error:
             raise HearthError(Code.UNAVAILABLE, "NATS does not answer.") from error
 

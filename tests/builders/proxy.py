@@ -5,15 +5,20 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 
 _PIECE_BYTES = 1 << 16
 
 
 class Proxy:
-    """Relays a loopback port to `target` (host, port). What was held back while it was silent is delivered after."""
+    """Relays a loopback port to `target` (host, port). What was held back while it was silent is delivered after.
 
-    def __init__(self, target: tuple[str, int]) -> None:
+    Every piece on its way to the target is kept for `lag_s` seconds before it is forwarded, the next one behind it.
+    """
+
+    def __init__(self, target: tuple[str, int], *, lag_s: float = 0.0) -> None:
         self._target = target
+        self._lag_s = lag_s
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
         self.port = int(self._listener.getsockname()[1])
         self._open = threading.Event()
@@ -65,19 +70,21 @@ class Proxy:
             self._sockets |= {near, far}
         for one in (near, far):
             one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        back = threading.Thread(target=self._pump, args=(far, near), daemon=True)
+        back = threading.Thread(target=self._pump, args=(far, near, 0.0), daemon=True)
         back.start()
-        self._pump(near, far)
+        self._pump(near, far, self._lag_s)
         back.join()
         with self._lock:
             self._sockets -= {near, far}
         near.close()
         far.close()
 
-    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+    def _pump(self, source: socket.socket, sink: socket.socket, lag_s: float) -> None:
         with contextlib.suppress(OSError):
             while piece := source.recv(_PIECE_BYTES):
                 self._open.wait()
+                if lag_s:
+                    time.sleep(lag_s)
                 sink.sendall(piece)
         self._open.wait()  # an end is not heard through a pulled cable either
         for one in (source, sink):

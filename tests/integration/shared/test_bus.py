@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from shared.bus import Bus, Delivery, Reply, Unserved
 from shared.contracts.requests import Claim, Claimed, Demand, Gone, Request, Sampling, TextPrompt
 from shared.errors import Code, Failure, HearthError
 from shared.subjects import CLAIM, DEMAND, SubjectError
+from tests.builders.proxy import Proxy
 from tests.builders.servers import start_nats
 
 
@@ -46,6 +48,34 @@ async def test_topics_arrive_in_order(bus: Bus) -> None:
     while len(seen) < 100:
         await asyncio.sleep(0.01)
     assert seen == [str(number) for number in range(100)]
+
+
+async def test_after_a_flush_every_subscription_exists_however_slow_the_network_is(
+    bus: Bus, nats_url: str, prefix: str
+) -> None:
+    def answer(claim: Claim, reply: Reply[Claimed | Gone]) -> None:
+        reply(Claimed(epoch=3, budget_s=1.0, waited_s=0.5))
+
+    port = nats_url.rpartition(":")[2]
+    with contextlib.closing(Proxy(("127.0.0.1", int(port)), lag_s=0.1)) as slow:
+        async with Bus.connect(f"nats://127.0.0.1:{slow.port}", name="slow", prefix=prefix) as far:
+            for number in range(3):
+                await far.serve(CLAIM, answer, gateway_id=f"g{number}")
+                await far.flush()
+                answered = await bus.call(CLAIM, a_claim(), gateway_id=f"g{number}")
+                assert isinstance(answered, Claimed)
+
+
+async def test_a_flush_that_nobody_confirms_says_so(nats_url: str) -> None:
+    port = nats_url.rpartition(":")[2]
+    with contextlib.closing(Proxy(("127.0.0.1", int(port)))) as cut:
+        async with Bus.connect(f"nats://127.0.0.1:{cut.port}", name="cut") as bus:
+            cut.silence()
+            with pytest.raises(HearthError) as refused:
+                await bus.flush()
+            assert refused.value.failure.code is Code.UNAVAILABLE
+            cut.resume()
+            await bus.flush()
 
 
 async def test_a_call_is_answered_by_its_type(bus: Bus) -> None:

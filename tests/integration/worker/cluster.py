@@ -15,7 +15,7 @@ from services.worker.main import work
 from services.worker.null_engine import NullLoader, NullStepper, NullTokenizer
 from services.worker.ports import UNWATCHED, AttachTimes, EngineEvent, LoadWatch, Sink
 from services.worker.service import Leases, NoLeases
-from shared.bus import Bus, Reply, Subscription, Unserved
+from shared.bus import Bus, Reply, Subscription
 from shared.contracts.generation import End, Frame, FrameBatch
 from shared.contracts.placement import LoadReplica, StopReplica
 from shared.contracts.records import ReplicaRecord, ReplicaState
@@ -187,14 +187,8 @@ class Operator:
         await self.bus.ensure_queue(SLUG, ack_wait_s=ack_wait_s)
 
     async def load(self, worker_id: str, replica_id: str = "r1", **changes: Any) -> None:
-        """Command a load, again where nobody answers as a scheduler does, and wait until it is ready."""
-        async with asyncio.timeout(60):
-            while True:
-                try:
-                    await self.bus.call(LOAD, load_message(replica_id, **changes), worker_id=worker_id)
-                    break
-                except Unserved:
-                    await asyncio.sleep(0.05)
+        """Command a load and wait until it is ready."""
+        await self.bus.call(LOAD, load_message(replica_id, **changes), worker_id=worker_id)
         await self.until_state(replica_id, ReplicaState.READY)
 
     async def stop(self, worker_id: str, replica_id: str = "r1", **how: bool) -> None:
