@@ -53,22 +53,13 @@ class Victim:
     below_min: bool
 
 
-def victims(cluster: Cluster, deployment: str, now: float, *, min_ready_s: float) -> list[Victim]:
-    """Idle replicas of other deployments, those that leave enough behind first, then idle longest first, then by id.
+def victims_of(cluster: Cluster, name: str, now: float, *, min_ready_s: float) -> list[Victim]:
+    """The idle replicas of one deployment that may leave for others, idle longest first.
 
     A replica that runs a request stays. So does one that became ready less than `min_ready_s` seconds ago and has
     answered nobody yet: else it would be loaded only to be evicted. So does one whose deployment has
     requests outstanding that the others could not take.
     """
-    found: list[Victim] = []
-    for name in sorted(cluster.deployments):
-        if name != deployment:
-            found.extend(victims_of(cluster, name, now, min_ready_s=min_ready_s))
-    return sorted(found, key=lambda one: (one.below_min, -one.idle_s, one.replica_id))
-
-
-def victims_of(cluster: Cluster, name: str, now: float, *, min_ready_s: float) -> list[Victim]:
-    """The idle replicas of one deployment that may leave for others, idle longest first."""
     record = cluster.deployments.get(name)
     if record is None:
         return []

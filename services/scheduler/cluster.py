@@ -17,6 +17,7 @@ from services.scheduler.absent import Absent
 from services.scheduler.books import Books, Occupant, Room
 from services.scheduler.commands import Need, PendingLoad, PendingStop
 from services.scheduler.table import Groups, Table
+from services.scheduler.view import pool_bytes, streams_on
 from shared.capacity import context_tokens, kv_cache_bytes
 from shared.contracts.records import (
     ClusterView,
@@ -632,16 +633,12 @@ class Cluster:
         A sum of bare weights would see room where the store has none, and ask it again and again.
         """
         server = self.servers.get(server_id)
-        if server is None or weight_bytes <= 0:
-            return weight_bytes
-        image_bytes = max(weight_bytes, server.ssd.get(key, 0), server.dram.get(key, 0))
-        chunk_bytes = max(1, server.chunk_bytes)
-        return -(-image_bytes // chunk_bytes) * chunk_bytes
+        return weight_bytes if server is None else pool_bytes(server, key, weight_bytes)
 
     def streams(self, server_id: str, key: str, weight_bytes: int) -> bool:
         """Whether a checkpoint is larger than a server's DRAM pool, and so only streams through it."""
         server = self.servers.get(server_id)
-        return server is not None and self.pool_bytes(server_id, key, weight_bytes) > server.dram_capacity_bytes
+        return server is not None and streams_on(server, key, weight_bytes)
 
     def held_bytes(self, server_id: str, key: str, weight_bytes: int) -> int:
         """Bytes of a server's DRAM pool that a checkpoint takes for as long as a replica on the CPU has it."""

@@ -43,7 +43,6 @@ class Rules:
     word_s: float = 0.5
     forget_s: float = 600.0
     kv_bytes_max: int = 256 * 2**20
-    decisions_kept: int = 256
     move_load_s: float = 120.0
     move_migrate_s: float = 120.0
     move_patience_s: float = 10.0

@@ -14,7 +14,6 @@ from services.scheduler.estimate import Estimator
 from services.scheduler.fairness import Fairness
 from services.scheduler.rules import Rules
 from services.scheduler.terms import Ask, Means, Tenant
-from services.scheduler.view import tier_of
 from shared.contracts.records import DeploymentRecord, ReplicaRecord, ReplicaState, ServerRecord, WorkerRecord
 
 # Worker, replica and free slots of every replica that can take over what runs in another one, best first.
@@ -196,7 +195,6 @@ class Scene:
             priority=record.spec.priority if record is not None else 0,
             remaining_s=self._estimator.remaining_s(replica),
             resume_s=self._estimator.resume_s(replica),
-            load_s=self._back_s(replica, record),
         )
 
     def _awaitable(self, replica: ReplicaRecord, now: float) -> bool:
@@ -230,19 +228,6 @@ class Scene:
             self.wake = min(self.wake, until)
             return None
         return leaver
-
-    def _back_s(self, replica: ReplicaRecord, record: DeploymentRecord | None) -> float:
-        """What having it back on this server would take."""
-        server = self._cluster.servers.get(replica.server_id)
-        worker = self._cluster.workers.get(replica.worker_id)
-        if record is None or server is None or worker is None:
-            return 0.0
-        need = self._cluster.need(record)
-        attach_s = self._estimator.attach_s(worker.device, need.key, need.weight_bytes)
-        tier = tier_of(server, need)
-        if tier == "dram":
-            return attach_s
-        return attach_s + need.weight_bytes / self._estimator.bandwidth(replica.server_id, tier)
 
     def destinations(self, tenant: Tenant) -> Sequence[tuple[str, str, int]]:
         """See `View`."""

@@ -90,8 +90,8 @@ class Tenant:
     `evictable`: it is idle and may be stopped now. `movable`: its requests may be migrated. `awaitable`: it may be told
     to take nothing new and to go when what runs has ended. `parkable`: it has had its turn (`fairness`). `running`
     requests of `tokens` in all (prompts and outputs) run in it; `remaining_s` until the last of them is expected to
-    end, `resume_s` to recompute them elsewhere (`a·(t_in + t_out) + b`, without loading anything there). `load_s` is
-    what having it back on this server would take. `worker_ids` are all its devices.
+    end, `resume_s` to recompute them elsewhere (`a·(t_in + t_out) + b`, without loading anything there). `worker_ids`
+    are all its devices.
     """
 
     replica_id: str
@@ -112,7 +112,6 @@ class Tenant:
     priority: int = 0
     remaining_s: float = 0.0
     resume_s: float = 0.0
-    load_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

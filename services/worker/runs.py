@@ -92,10 +92,6 @@ class Runs:
         assert all(self.by_token.get(run.token) is run and run.retry_at is not None for run in self._retries.values())
         assert not self.by_token or self._beat_at is not None, "the queue would take the requests back"
 
-    def owns_sequence(self, sequence_id: str) -> bool:
-        """Whether an engine's sequence is a request (else it is a round of a migration, or over)."""
-        return sequence_id in self._sequences
-
     # -- the way in
 
     def delivered(self, event: e.DeliveryArrived, now: float) -> list[e.Action]:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from services.scheduler.choice import decide
 from services.scheduler.fits import Fit, fit
 from services.scheduler.terms import Ask, Candidate, Decision, Outcome, RoomPlan, Startup, Tenant
 from services.scheduler.view import View, tier_of
@@ -30,11 +29,6 @@ class Place:
     server_id: str
     idle: tuple[Tenant, ...] = ()
     running: tuple[Tenant, ...] = ()
-
-
-def without_migration(ask: Ask, view: View, now: float) -> Decision:
-    """Hearth that may not move anybody."""
-    return decide(replace(ask, means=replace(ask.means, move=False)), view, now)
 
 
 class RandomChoice:

@@ -14,11 +14,6 @@ MISSING: Final = "matplotlib is not installed (pip install 'hearth-serve[bench]'
 _LEAST_S: Final = 0.001
 
 
-def available() -> bool:
-    """Whether pictures can be drawn here."""
-    return _pyplot() is not None
-
-
 def startup_cdf(path: Path, title: str, startups: Mapping[str, Curve]) -> Path | None:
     """The part of the requests that had started after so many seconds; one curve per policy."""
 

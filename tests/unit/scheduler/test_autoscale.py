@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from services.scheduler.autoscale import Trouble, desired_replicas, next_superfluous_at, superfluous, victims
+from services.scheduler.autoscale import (
+    Trouble,
+    Victim,
+    desired_replicas,
+    next_superfluous_at,
+    superfluous,
+    victims_of,
+)
 from services.scheduler.cluster import Cluster
 from shared.contracts.records import DeploymentRecord
 from shared.errors import Code, Failure
@@ -14,6 +21,13 @@ CORRUPT = Failure(code=Code.CHECKPOINT_CORRUPT, message="The bytes do not match.
 UNFIT = Failure(code=Code.UNSUPPORTED, message="This architecture cannot be served.")
 CRASHED = Failure(code=Code.WORKER_LOST, message="The worker died.")
 FULL = Failure(code=Code.NO_CAPACITY, message="No room.")
+
+
+def victims(cluster: Cluster, deployment: str, now: float, *, min_ready_s: float) -> list[Victim]:
+    """Those of all other deployments, those that leave enough behind first, then idle longest first, then by id."""
+    others = [name for name in cluster.deployments if name != deployment]
+    found = [one for name in others for one in victims_of(cluster, name, now, min_ready_s=min_ready_s)]
+    return sorted(found, key=lambda one: (one.below_min, -one.idle_s, one.replica_id))
 
 
 @pytest.mark.parametrize(
