@@ -124,6 +124,11 @@ class SchedulerSettings(CommonSettings, frozen=True, kw_only=True):
         msgspec.Meta(ge=0),
         _doc("bytes per second that one server may move ahead of demand, on average; 0: nothing is prefetched"),
     ] = 100e6
+    fill_bytes_per_s: Annotated[
+        float,
+        msgspec.Meta(ge=0),
+        _doc("bytes per second that one server may read from its SSD into free DRAM while nobody waits, on average"),
+    ] = 1e9
 
     @property
     def own_id(self) -> str:

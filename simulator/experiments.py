@@ -37,6 +37,7 @@ POLICIES: Final = tuple(policy.value for policy in Policy)
 TITLES: Final = {
     "hearth": "Hearth",
     "no_migration": "Hearth without migration",
+    "no_prefetch": "Hearth without prefetching",
     "random": "random",
     "ray_serve": "Ray Serve-like",
     "ray_serve_cached": "Ray Serve-like, local cache",

@@ -42,7 +42,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     workload_options(parser, "--workload")
     parser.add_argument(
         "--policy", metavar="LIST", default="hearth",
-        help="hearth, no_migration, random, ray_serve, ray_serve_cached, shepherd, or all (%(default)s)",
+        help="hearth, no_migration, no_prefetch, random, ray_serve, ray_serve_cached, shepherd, or all (%(default)s)",
     )  # fmt: skip
     run_options(parser, seeds=1)
     parser.add_argument("--plot", metavar="DIR", type=Path, help="draw pictures of the first seed into this directory")

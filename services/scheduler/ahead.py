@@ -16,6 +16,10 @@ Copies are brought in order of seconds saved per byte, each only if it saves mor
 margin. Nothing is begun while anybody waits, nor on a server that loads; one copy at a time per server, and on average
 no more bytes per second than the operator's budget. Costs are bounded: a look takes the next few deployments in turn,
 and of each only the nearest holders and a few places.
+
+Free DRAM is of no use. So where nothing has to go for it and nothing is written or sent, from a server's own SSD into
+its own free DRAM, whatever is deployed is brought, the likeliest first, within a budget of its own: also what was never
+asked for, whose first request is as good as any other.
 """
 
 from __future__ import annotations
@@ -41,13 +45,15 @@ V = TypeVar("V")
 
 @dataclass(frozen=True, slots=True)
 class AheadRules:
-    """`bytes_per_s`: what a server may move ahead of demand, averaged over copies (0: nothing). `margin`: by how much a
-    copy must be worth more than what goes for it. `least_s`: expected seconds saved, below which nothing is moved.
+    """`bytes_per_s`: what a server may move ahead of demand, averaged over copies (0: nothing). `fill_bytes_per_s`:
+    what it may read from its own SSD into free DRAM (0: only what is worth it by itself). `margin`: by how much a copy
+    must be worth more than what goes for it. `least_s`: expected seconds saved, below which nothing is moved.
     `deployments` and `servers`: looked at per look; `holders` and `places`: per deployment. `most`: copies under way in
     all. `settle_s`: until a server's record shows what was brought. `lost_s`: a copy of which nothing is heard is over.
     """
 
     bytes_per_s: float = 100e6
+    fill_bytes_per_s: float = 1e9
     margin: float = 0.5
     least_s: float = 0.01
     deployments: int = 8
@@ -225,13 +231,15 @@ class Ahead:
         self._looks += 1
         look = _Look(view, now)
         look.places = self._places(look)
-        found: list[tuple[float, Prefetching]] = []
-        for name in self._turn(names):
-            prospect = view.prospect(name)
-            if prospect is not None and prospect.weight_bytes > 0 and prospect.probability > 0.0:
-                found.extend(self._options(look, prospect))
+        prospects = [one for name in self._turn(names) if (one := view.prospect(name)) and one.weight_bytes > 0]
+        found = [option for one in prospects if one.probability > 0.0 for option in self._options(look, one)]
         found.sort(key=lambda one: (-one[0], one[1].server_id, one[1].key))
-        return self._begin([one for _, one in found], now)
+        begun = self._begin([one for _, one in found], now, self.rules.bytes_per_s)
+        if self.rules.fill_bytes_per_s > 0.0:
+            fillings = [option for one in prospects for option in self._fillings(look, one)]
+            fillings.sort(key=lambda one: (-one[0], one[1], one[2].server_id, one[2].key))
+            begun += self._begin([one for _, _, one in fillings], now, self.rules.fill_bytes_per_s)
+        return begun
 
     # -- what could be done --------------------------------------------------------------------------------------
 
@@ -267,23 +275,18 @@ class Ahead:
 
     def _options(self, look: _Look, prospect: Prospect) -> list[tuple[float, Prefetching]]:
         """What could be done for this one, with its worth per byte; the best few places."""
-        view, rules, now = look.view, self.rules, look.now
+        view, rules = look.view, self.rules
         key = prospect.key
-        if any(one.key == key for one in self._under_way.values()):
+        if self._on_its_way(key):
             return []  # one after the other: what the next one is worth depends on where this one ends
         in_dram, on_ssd = frozenset(view.dram_holders(key)), frozenset(view.ssd_holders(key))
-        holders = self._slice(view.ssd_holders(key), 8 * rules.places)
-        near = sorted((id for id in holders if id not in in_dram and self._may_begin(look, id)), key=look.rank)
+        near = self._near(look, key, in_dram)
         fresh = (id for id in look.places if id not in on_ssd and id not in in_dram)
         found: list[tuple[float, Prefetching]] = []
         for id in (*near[: rules.places], *islice(fresh, rules.places)):
+            if not self._may_bring(look, prospect, id):
+                continue
             record = view.servers[id]
-            if not view.able(prospect.deployment, id):
-                continue
-            if self._settling.get((id, key), now) > now or self._refusals.get((id, key), (0, now))[1] > now:
-                continue
-            if key in record.dram_arriving or key in record.ssd_arriving or key in record.quarantined:
-                continue
             ssd_free = record.ssd_capacity_bytes - record.ssd_used_bytes
             if id not in on_ssd and prospect.weight_bytes > ssd_free:
                 continue  # room on an SSD is not made ahead of demand: bytes there are the dearest to bring back
@@ -293,6 +296,47 @@ class Ahead:
                     found.append((option.saves_s / prospect.weight_bytes, option))
         return found
 
+    def _fillings(self, look: _Look, prospect: Prospect) -> list[tuple[float, int, Prefetching]]:
+        """Where this one would fill free DRAM from the SSD beside it, with how likely it is asked for and how many
+        have it in DRAM already; the best few places."""
+        view, key = look.view, prospect.key
+        if self._on_its_way(key):
+            return []
+        in_dram = frozenset(view.dram_holders(key))
+        places = [
+            id
+            for id in self._near(look, key, in_dram)
+            if self._may_bring(look, prospect, id) and _missing_bytes(view.servers[id], prospect) <= 0
+        ]
+        return [
+            (
+                prospect.probability,
+                len(in_dram),
+                _copy(prospect, id, DRAM, saves_s=self._worth(look, prospect, id, DRAM)),
+            )
+            for id in places[: self.rules.places]
+        ]
+
+    def _on_its_way(self, key: str) -> bool:
+        return any(one.key == key for one in self._under_way.values())
+
+    def _near(self, look: _Look, key: str, in_dram: frozenset[str]) -> list[str]:
+        """Servers that have it on SSD only and may begin something, best first; some of them in each look."""
+        holders = self._slice(look.view.ssd_holders(key), 8 * self.rules.places)
+        return sorted((id for id in holders if id not in in_dram and self._may_begin(look, id)), key=look.rank)
+
+    def _may_bring(self, look: _Look, prospect: Prospect, id: str) -> bool:
+        """Whether this one could be used there, is not there nearly, and was not refused lately."""
+        key, now, record = prospect.key, look.now, look.view.servers[id]
+        return (
+            look.view.able(prospect.deployment, id)
+            and self._settling.get((id, key), now) <= now
+            and self._refusals.get((id, key), (0, now))[1] <= now
+            and key not in record.dram_arriving
+            and key not in record.ssd_arriving
+            and key not in record.quarantined
+        )
+
     def _option(self, look: _Look, prospect: Prospect, server_id: str, tier: str) -> Prefetching | None:
         """This copy, if it is worth having and more than what has to go for it."""
         gain_s = self._worth(look, prospect, server_id, tier)
@@ -301,16 +345,7 @@ class Ahead:
         evicts, loss_s = ((), 0.0) if tier == SSD else self._room(look, prospect, server_id, gain_s)
         if evicts is None or gain_s - loss_s < self.rules.least_s or gain_s < (1.0 + self.rules.margin) * loss_s:
             return None
-        return Prefetching(
-            server_id=server_id,
-            key=prospect.key,
-            source=prospect.source,
-            tier=tier,
-            deployment=prospect.deployment,
-            weight_bytes=prospect.weight_bytes,
-            evicts=evicts,
-            saves_s=gain_s - loss_s,
-        )
+        return _copy(prospect, server_id, tier, saves_s=gain_s - loss_s, evicts=evicts)
 
     def _room(
         self, look: _Look, prospect: Prospect, server_id: str, gain_s: float
@@ -318,9 +353,7 @@ class Ahead:
         """What has to leave the DRAM of this server, the least worth per byte first, and what that loses. None: there
         is no room, or none that is worth less."""
         record = look.view.servers[server_id]
-        chunk_bytes = max(1, record.chunk_bytes)
-        image_bytes = max(prospect.weight_bytes, record.ssd.get(prospect.key, 0))
-        missing = -(-image_bytes // chunk_bytes) * chunk_bytes - _free_bytes(record)
+        missing = _missing_bytes(record, prospect)
         if missing <= 0:
             return (), 0.0
         if missing > record.dram_used_bytes - record.leased_bytes:
@@ -416,19 +449,19 @@ class Ahead:
 
     # -- what is under way ---------------------------------------------------------------------------------------
 
-    def _begin(self, options: Sequence[Prefetching], now: float) -> list[Prefetching]:
+    def _begin(self, options: Sequence[Prefetching], now: float, bytes_per_s: float) -> list[Prefetching]:
         begun: list[Prefetching] = []
         keys: dict[str, None] = {}
         for one in options:
             if len(self._under_way) >= self.rules.most:
                 break
-            if one.server_id in self._under_way or one.key in keys:
+            if one.server_id in self._under_way or one.key in keys or self._on_its_way(one.key):
                 continue
             keys[one.key] = None
             begun.append(one)
             self.counts.begun += 1
             self._under_way[one.server_id] = _UnderWay(one.key, one.tier, one.weight_bytes, now + self.rules.lost_s)
-            self._not_before[one.server_id] = now + one.weight_bytes / self.rules.bytes_per_s
+            self._not_before[one.server_id] = now + one.weight_bytes / bytes_per_s
         return begun
 
     def _end(self, server_id: str, key: str) -> _UnderWay | None:
@@ -452,6 +485,28 @@ class Ahead:
 
 def _free_bytes(record: ServerRecord) -> int:
     return record.dram_capacity_bytes - record.dram_used_bytes
+
+
+def _missing_bytes(record: ServerRecord, prospect: Prospect) -> int:
+    """What has to leave the server's DRAM for it; 0 or less: nothing."""
+    chunk_bytes = max(1, record.chunk_bytes)
+    image_bytes = max(prospect.weight_bytes, record.ssd.get(prospect.key, 0))
+    return -(-image_bytes // chunk_bytes) * chunk_bytes - _free_bytes(record)
+
+
+def _copy(
+    prospect: Prospect, server_id: str, tier: str, *, saves_s: float, evicts: tuple[str, ...] = ()
+) -> Prefetching:
+    return Prefetching(
+        server_id=server_id,
+        key=prospect.key,
+        source=prospect.source,
+        tier=tier,
+        deployment=prospect.deployment,
+        weight_bytes=prospect.weight_bytes,
+        evicts=evicts,
+        saves_s=saves_s,
+    )
 
 
 def _remember(memory: dict[tuple[str, str], V], key: tuple[str, str], value: V) -> None:

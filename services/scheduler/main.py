@@ -30,7 +30,7 @@ def rules_of(settings: SchedulerSettings) -> Rules:
             start_within_s=settings.start_within_s or math.inf,
             tenure_min_s=settings.tenure_s,
         ),
-        ahead=AheadRules(bytes_per_s=settings.prefetch_bytes_per_s),
+        ahead=AheadRules(bytes_per_s=settings.prefetch_bytes_per_s, fill_bytes_per_s=settings.fill_bytes_per_s),
     )
 
 

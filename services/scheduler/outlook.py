@@ -14,7 +14,7 @@ from services.scheduler.fits import never_fits
 from services.scheduler.view import Estimates
 from shared.contracts.records import DeploymentRecord, ReplicaState, ServerRecord
 
-RECENT: Final = 512  # deployments that are considered at all: those asked for last
+RECENT: Final = 512  # deployments that were asked for and are considered: the last ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +34,9 @@ class Outlook:
         return self.cluster.servers
 
     def deployments(self) -> Sequence[str]:
-        """Those asked for last, latest first."""
-        return self.arrivals.recent(RECENT)
+        """Those asked for last, latest first, and then those that nobody has asked for yet."""
+        asked = self.arrivals.recent(RECENT)
+        return [*asked, *(name for name in self.cluster.deployments if self.arrivals.last_at(name) is None)]
 
     def prospect(self, deployment: str) -> Prospect | None:
         """How likely it is to be asked for, and to need a load then."""

@@ -147,6 +147,7 @@ class Policy(enum.StrEnum):
 
     HEARTH = "hearth"
     NO_MIGRATION = "no_migration"
+    NO_PREFETCH = "no_prefetch"
     RANDOM = "random"
     RAY_SERVE = "ray_serve"
     RAY_SERVE_CACHED = "ray_serve_cached"

@@ -34,12 +34,11 @@ def core_of(policy: Policy, rules: Rules, term: int, dice: Dice) -> Core:
         return Core(rules, instance=instance)
     if policy is Policy.NO_MIGRATION:
         return Core(dataclasses.replace(rules, migrates=False), instance=instance)
-    plain = dataclasses.replace(
-        rules,
-        migrates=False,
-        fairness=dataclasses.replace(rules.fairness, start_within_s=math.inf),
-        ahead=dataclasses.replace(rules.ahead, bytes_per_s=0.0),
-    )
+    reactive = dataclasses.replace(rules, ahead=dataclasses.replace(rules.ahead, bytes_per_s=0.0))
+    if policy is Policy.NO_PREFETCH:
+        return Core(reactive, instance=instance)
+    fairness = dataclasses.replace(rules.fairness, start_within_s=math.inf)
+    plain = dataclasses.replace(reactive, migrates=False, fairness=fairness)
     return Core(plain, instance=instance, decide=_strategy(policy, dice))
 
 

@@ -14,7 +14,8 @@ from shared.contracts.records import Phase, ServerRecord
 from tests.unit.scheduler import picture
 
 MIB = picture.MIB
-RULES = AheadRules(bytes_per_s=10 * MIB)
+RULES = AheadRules(bytes_per_s=10 * MIB, fill_bytes_per_s=0.0)
+FILLING = AheadRules(bytes_per_s=10 * MIB, fill_bytes_per_s=100 * MIB)
 
 # A load of 100 MiB: from DRAM 0.1 s, SSD 1 s, a peer 2 s, the source 10 s.
 SPEEDS = {"dram": 1000 * MIB, "ssd": 100 * MIB, "peer": 50 * MIB, "remote": 10 * MIB}
@@ -134,7 +135,7 @@ def test_the_budget_spaces_copies_out() -> None:
 
 def test_nothing_is_done_twice() -> None:
     sight = Sight([server(ssd={"ck-m": 100})], [prospect("m")])
-    ahead = Ahead(AheadRules(bytes_per_s=1e12))
+    ahead = Ahead(AheadRules(fill_bytes_per_s=0.0, bytes_per_s=1e12))
     assert len(ahead.plan(0.0, sight)) == 1
     assert ahead.plan(1.0, sight) == []
     ahead.done("a", "ck-m", "dram", 2.0)
@@ -150,7 +151,7 @@ def test_what_is_arriving_already_is_not_brought() -> None:
 
 def test_a_refusal_is_taken_for_an_answer_and_each_one_longer() -> None:
     sight = Sight([server(ssd={"ck-m": 100})], [prospect("m")])
-    ahead, waits, now = Ahead(AheadRules(bytes_per_s=1e12)), [], 0.0
+    ahead, waits, now = Ahead(AheadRules(fill_bytes_per_s=0.0, bytes_per_s=1e12)), [], 0.0
     for _ in range(3):
         while not ahead.plan(now, sight):
             now += 1.0
@@ -162,7 +163,7 @@ def test_a_refusal_is_taken_for_an_answer_and_each_one_longer() -> None:
 
 def test_a_copy_of_which_nothing_is_heard_is_forgotten_as_is_a_server_that_is_gone() -> None:
     sight = Sight([server(ssd={"ck-m": 100})], [prospect("m")])
-    ahead = Ahead(AheadRules(bytes_per_s=1e12, lost_s=50.0))
+    ahead = Ahead(AheadRules(fill_bytes_per_s=0.0, bytes_per_s=1e12, lost_s=50.0))
     ahead.plan(0.0, sight)
     assert ahead.plan(49.0, sight) == []
     assert len(ahead.plan(50.0, sight)) == 1
@@ -226,11 +227,11 @@ def test_room_on_an_ssd_is_not_made_ahead_of_demand() -> None:
 def test_every_deployment_has_its_turn() -> None:
     prospects = [prospect(f"m{number}", 0.0) for number in range(10)] + [prospect("last")]
     sight = Sight([server(ssd={"ck-last": 100})], prospects)
-    ahead = Ahead(AheadRules(deployments=4))
+    ahead = Ahead(AheadRules(fill_bytes_per_s=0.0, deployments=4))
     assert sum(len(ahead.plan(float(now), sight)) for now in range(6)) == 1
     sight.prospects.insert(0, prospect("first"))
     sight.records = [server(ssd={"ck-first": 100})]
-    assert len(Ahead(AheadRules(deployments=4)).plan(0.0, sight)) == 1
+    assert len(Ahead(AheadRules(fill_bytes_per_s=0.0, deployments=4)).plan(0.0, sight)) == 1
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -241,7 +242,7 @@ def test_it_comes_to_rest_and_never_lowers_what_all_copies_are_worth(seed: int) 
     on_ssd = {one.key: one.weight_bytes / MIB for one in prospects}
     records = {id: server(id, pool=400, ssd=on_ssd) for id in ("a", "b", "c")}
     busy = {id: 0.5 * dice.random() for id in records}
-    ahead, now, moved, last = Ahead(AheadRules(bytes_per_s=1e12)), 0.0, 0, -1.0
+    ahead, now, moved, last = Ahead(AheadRules(fill_bytes_per_s=0.0, bytes_per_s=1e12)), 0.0, 0, -1.0
     for _ in range(80):
         sight = Sight(list(records.values()), prospects, busy_with=busy)
         for plan in ahead.plan(now, sight):
@@ -256,3 +257,37 @@ def test_it_comes_to_rest_and_never_lowers_what_all_copies_are_worth(seed: int) 
         now += 10.0
     assert moved >= 8
     assert last < 600.0, "it keeps swapping copies"
+
+
+def test_free_dram_is_filled_from_the_ssd_beside_it_with_whatever_is_deployed() -> None:
+    sight = Sight([server(ssd={"ck-m": 100})], [prospect("m", 0.0)])
+    assert Ahead(RULES).plan(0.0, sight) == []
+    assert brief(Ahead(FILLING).plan(0.0, sight)) == [("a", "ck-m", "dram", ())]
+
+
+def test_dram_is_filled_with_the_likeliest_first_and_then_with_what_nobody_has_in_dram() -> None:
+    on_ssd = {"ck-m": 100, "ck-n": 100, "ck-o": 100}
+    sight = Sight([server(ssd=on_ssd)], [prospect("m", 0.0), prospect("n", 0.002), prospect("o", 0.0)])
+    assert [one.key for one in Ahead(FILLING).plan(0.0, sight)] == ["ck-n"]
+    elsewhere = server("b", pool=100, dram={"ck-m": 100}, ssd={"ck-m": 100})
+    sight = Sight([server(ssd=on_ssd), elsewhere], [prospect("m", 0.0), prospect("o", 0.0)])
+    assert [one.key for one in Ahead(FILLING).plan(0.0, sight)] == ["ck-o"]
+
+
+def test_nothing_goes_and_nothing_is_sent_or_written_to_fill_dram() -> None:
+    full = server(pool=150, ssd={"ck-m": 100, "ck-n": 100}, dram={"ck-n": 100})
+    assert Ahead(FILLING).plan(0.0, Sight([full], [prospect("m", 0.0), prospect("n", 0.0)])) == []
+    far = Sight([server("a"), server("b", ssd={"ck-m": 100}, dram={"ck-m": 100})], [prospect("m", 0.0)])
+    assert Ahead(FILLING).plan(0.0, far) == []
+
+
+def test_filling_has_its_own_budget_and_stops_while_somebody_waits() -> None:
+    sight = Sight([server(ssd={"ck-m": 100, "ck-n": 100})], [prospect("m", 0.0), prospect("n", 0.0)], waiting=True)
+    ahead = Ahead(FILLING)
+    assert ahead.plan(0.0, sight) == []
+    sight.waiting = False
+    (first,) = ahead.plan(1.0, sight)
+    ahead.done("a", first.key, "dram", 1.5)
+    sight.records = [server(ssd={"ck-m": 100, "ck-n": 100}, dram={first.key: 100})]
+    assert ahead.plan(1.9, sight) == [], "100 MiB at 100 MiB/s take a second of the budget"
+    assert len(ahead.plan(2.0, sight)) == 1
