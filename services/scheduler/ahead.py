@@ -19,7 +19,8 @@ and of each only the nearest holders and a few places.
 
 Free DRAM is of no use. So where nothing has to go for it and nothing is written or sent, from a server's own SSD into
 its own free DRAM, whatever is deployed is brought, the likeliest first, within a budget of its own: also what was never
-asked for, whose first request is as good as any other.
+asked for, whose first request is as good as any other. What has left a DRAM is not brought back so for a while: the room was
+needed, or an operator did not want it there.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class AheadRules:
     what it may read from its own SSD into free DRAM (0: only what is worth it by itself). `margin`: by how much a copy
     must be worth more than what goes for it. `least_s`: expected seconds saved, below which nothing is moved.
     `deployments` and `servers`: looked at per look; `holders` and `places`: per deployment. `most`: copies under way in
-    all. `settle_s`: until a server's record shows what was brought. `lost_s`: a copy of which nothing is heard is over.
+    all. `refill_s`: how long DRAM is not filled again with what has left it. `settle_s`: until a server's record shows
+    what was brought. `lost_s`: a copy of which nothing is heard is over.
     """
 
     bytes_per_s: float = 100e6
@@ -61,6 +63,7 @@ class AheadRules:
     holders: int = 4
     places: int = 2
     most: int = 16
+    refill_s: float = 600.0
     settle_s: float = 5.0
     lost_s: float = 900.0
     first_backoff_s: float = 10.0
@@ -184,6 +187,7 @@ class Ahead:
         self._not_before: dict[str, float] = {}  # server → when its budget allows the next
         self._settling: dict[tuple[str, str], float] = {}  # server, key → until when nothing is brought there
         self._refusals: dict[tuple[str, str], tuple[int, float]] = {}  # how often in a row, until when
+        self._held: dict[tuple[str, str], float] = {}  # server, key → when it was last seen in that DRAM
         self._looks = 0
 
     @property
@@ -300,13 +304,17 @@ class Ahead:
         """Where this one would fill free DRAM from the SSD beside it, with how likely it is asked for and how many
         have it in DRAM already; the best few places."""
         view, key = look.view, prospect.key
+        in_dram = view.dram_holders(key)
+        for id in self._slice(in_dram, 8 * self.rules.places):
+            _remember(self._held, (id, key), look.now)
         if self._on_its_way(key):
             return []
-        in_dram = frozenset(view.dram_holders(key))
         places = [
             id
-            for id in self._near(look, key, in_dram)
-            if self._may_bring(look, prospect, id) and _missing_bytes(view.servers[id], prospect) <= 0
+            for id in self._near(look, key, frozenset(in_dram))
+            if self._may_bring(look, prospect, id)
+            and (id, key) not in self._held
+            and _missing_bytes(view.servers[id], prospect) <= 0
         ]
         return [
             (
@@ -474,6 +482,7 @@ class Ahead:
     def _expire(self, now: float) -> None:
         self._under_way = {id: one for id, one in self._under_way.items() if one.until > now}
         self._settling = {pair: until for pair, until in self._settling.items() if until > now}
+        self._held = {pair: at for pair, at in self._held.items() if at + self.rules.refill_s > now}
         # A refusal is remembered for as long again, so that the next one waits longer.
         self._refusals = {
             pair: (tries, until)

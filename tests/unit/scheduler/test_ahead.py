@@ -291,3 +291,13 @@ def test_filling_has_its_own_budget_and_stops_while_somebody_waits() -> None:
     sight.records = [server(ssd={"ck-m": 100, "ck-n": 100}, dram={first.key: 100})]
     assert ahead.plan(1.9, sight) == [], "100 MiB at 100 MiB/s take a second of the budget"
     assert len(ahead.plan(2.0, sight)) == 1
+
+
+def test_dram_is_not_filled_again_with_what_has_just_left_it() -> None:
+    there, gone = server(ssd={"ck-m": 100}, dram={"ck-m": 100}), server(ssd={"ck-m": 100})
+    sight, ahead = Sight([there], [prospect("m", 0.0)]), Ahead(FILLING)
+    assert ahead.plan(0.0, sight) == []
+    sight.records = [gone]
+    assert ahead.plan(1.0, sight) == []
+    assert ahead.plan(599.0, sight) == []
+    assert len(ahead.plan(601.0, sight)) == 1
