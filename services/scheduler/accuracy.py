@@ -7,32 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
-from services.scheduler.terms import Startup
-from shared.contracts.placement import ReplicaLoaded
-
-KEPT: Final = 256  # loads
-
-
-@dataclass(frozen=True, slots=True)
-class Missed:
-    """A load as it was estimated and as it was, without making room. `id` is the replica's, or the decision's."""
-
-    id: str
-    server_id: str
-    tier: str
-    predicted: Startup
-    actual: Startup
-    actual_s: float
-
-    @property
-    def error(self) -> float:
-        """|estimate − actual| / actual, in total."""
-        return abs(self.predicted.load_s - self.actual_s) / self.actual_s if self.actual_s > 0 else 0.0
+KEPT: Final = 256  # startups
 
 
 @dataclass(frozen=True, slots=True)
 class Errors:
-    """Relative errors of `loads` loads: the median and the 95th percentile (None: no load yet). `by_tier` the same."""
+    """Relative errors of `loads` startups: the median and the 95th percentile (None: none yet). `by_tier` the same."""
 
     loads: int = 0
     median: float | None = None
@@ -41,23 +21,20 @@ class Errors:
 
 
 class Accuracy:
-    """The last `KEPT` loads."""
+    """The last `KEPT` startups."""
 
     def __init__(self) -> None:
-        self._last: collections.deque[Missed] = collections.deque(maxlen=KEPT)
+        self._last: collections.deque[tuple[str, float]] = collections.deque(maxlen=KEPT)
 
-    def observed(self, id: str, predicted: Startup, report: ReplicaLoaded) -> Missed:
-        """One more load has ended."""
-        actual = Startup(report.wait_s, report.move_s, report.attach_s)
-        missed = Missed(id, report.server_id, report.tier, predicted, actual, report.total_s)
-        self._last.append(missed)
-        return missed
+    def observed(self, tier: str, error: float) -> None:
+        """One more startup, from this tier, was off by this part of what it took."""
+        self._last.append((tier, error))
 
     def errors(self) -> Errors:
-        """Of the last loads."""
-        tiers = sorted({one.tier for one in self._last})
-        by_tier = {tier: _errors(one.error for one in self._last if one.tier == tier) for tier in tiers}
-        total = _errors(one.error for one in self._last)
+        """Of the last startups."""
+        tiers = sorted({tier for tier, _ in self._last})
+        by_tier = {one: _errors(error for tier, error in self._last if tier == one) for one in tiers}
+        total = _errors(error for _, error in self._last)
         return Errors(total.loads, total.median, total.p95, by_tier)
 
 

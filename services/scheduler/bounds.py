@@ -175,6 +175,8 @@ class Bounds:
         rows = np.arange(self._servers)
         wait = np.maximum(0.0, columns.free_at[rows, self._tier] - self._now)
         move = columns.latency_s[rows, self._tier] + need.weight_bytes * columns.byte_s[rows, self._tier]
+        beside = np.maximum(0.0, columns.beside_at[rows, self._tier] - self._now)
+        move, slow = move + columns.share[rows, self._tier] * beside, columns.slow[rows]
         weight = -(-need.weight_bytes // self._ask.devices)
         by_device = []
         for name in self._devices:
@@ -183,7 +185,8 @@ class Bounds:
             # All of the work that is done while bytes arrive: what a load takes for which next to nothing has to.
             least = estimator.startup("", name, need.key, weight, 1, "ssd", self._now)
             work = least.attach_s + least.move_s if least.attach_s > rest else rest
-            by_device.append(np.where(self._tier == DRAM, here, wait + np.maximum(move + rest, work)))
+            moved = wait + np.maximum(move + slow * rest, slow * work)
+            by_device.append(np.where(self._tier == DRAM, slow * here, moved))
         load_s = np.stack(by_device, axis=1)
         # Where it is on its way already the columns believe too much.
         exact = dict.fromkeys(columns.arriving.get(need.key, ()))

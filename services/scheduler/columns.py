@@ -109,7 +109,9 @@ class Columns:
     one), and `parkable`.
 
     Per server: `up`, `dram_bytes` and `ssd_bytes` (capacities), `chunk_bytes`, `pool_bytes` (free for good), and per
-    tier `free_at` (of the lane of the load queue), `latency_s` and `byte_s` (seconds per byte). `arriving` and
+    tier `free_at` (of the lane of the load queue), `latency_s`, `byte_s` (seconds per byte), `beside_at` (until when
+    the other lane is busy) and `share` (of that time, by which a load is held up); `slow`: how many times as long as
+    elsewhere a worker's own work takes. `arriving` and
     `quarantined` map checkpoints to the servers where they are on their way (or wait for it), or set aside.
     """
 
@@ -135,6 +137,9 @@ class Columns:
         self.free_at: Floats = np.zeros((FIRST_ROWS, len(TIERS)))
         self.byte_s: Floats = np.zeros((FIRST_ROWS, len(TIERS)))
         self.latency_s: Floats = np.zeros((FIRST_ROWS, len(TIERS)))
+        self.beside_at: Floats = np.zeros((FIRST_ROWS, len(TIERS)))
+        self.share: Floats = np.zeros((FIRST_ROWS, len(TIERS)))
+        self.slow: Floats = np.ones(FIRST_ROWS)
 
     there: Bools
     ready: Bools
@@ -162,7 +167,10 @@ class Columns:
         "there", "ready", "gangs", "parkable", "device", "labels", "server", "total_bytes", "free_bytes", "places",
         "replicas", "idle_bytes", "idle_places", "idle_at", "ends_at", "resume_s",
     )  # fmt: skip
-    OF_SERVERS: Final = ("up", "dram_bytes", "ssd_bytes", "chunk_bytes", "pool_bytes", "free_at", "byte_s", "latency_s")
+    OF_SERVERS: Final = (
+        "up", "dram_bytes", "ssd_bytes", "chunk_bytes", "pool_bytes", "free_at", "byte_s", "latency_s", "beside_at",
+        "share", "slow",
+    )  # fmt: skip
 
     def refresh(self, view: View, now: float) -> None:
         """Write the rows of what has changed since the last time."""
@@ -216,6 +224,9 @@ class Columns:
             self.free_at[row, tier] = now + view.estimator.wait_s(id, name, now)
             self.byte_s[row, tier] = 1.0 / view.estimator.bandwidth(id, name)
             self.latency_s[row, tier] = view.estimator.latency_s(id, name)
+            self.beside_at[row, tier] = now + view.estimator.beside_s(id, name, now)
+            self.share[row, tier] = view.estimator.share(name)
+        self.slow[row] = view.estimator.slowdown(id)
         if self._server_labels.get(id) != record.labels:
             self._server_labels[id] = dict(record.labels)
             for worker_row in self.rows_on(row):

@@ -18,7 +18,7 @@ from services.scheduler import autoscale, choice
 from services.scheduler.clearing import Clearing
 from services.scheduler.cluster import Cluster, serves
 from services.scheduler.commands import PendingStop
-from services.scheduler.deferral import Deferral
+from services.scheduler.deferral import FIRST, Deferrals
 from services.scheduler.demand import DemandKept
 from services.scheduler.deployments import Deployments
 from services.scheduler.estimate import Estimator, Priors
@@ -81,11 +81,8 @@ from shared.contracts.placement import Explain, Explanation, ReplicaLoaded
 from shared.contracts.records import DeploymentRecord, DeploymentState, ReplicaRecord, ReplicaState, ServerRecord
 from shared.errors import Code, Failure
 
-# Who waits for room is tried again when something may have made room, but not more often than this.
-RETRY_S: Final = 0.1
 # What fits nowhere costs a close look each time; so many are looked at within one event, the others a moment later.
 MOST_TRIES: Final = 4
-FIRST: Final = 2  # in line, who know at once
 LATER_S: Final = 0.02
 EXPLAINED_S: Final = 5.0  # why somebody waits is worked out in full so often
 
@@ -117,7 +114,7 @@ class Core:
         self._startups: dict[str, float] = {}
         self._oriented = False
         self._wanting_since: dict[str, float] = {}
-        self._deferred: dict[str, Deferral] = {}
+        self._deferrals = Deferrals(rules, cluster, self.fairness, self._frees)
         self._reviews: list[tuple[float, str]] = []
         self._review_due: dict[str, float] = {}
         self._wake = -math.inf
@@ -414,23 +411,18 @@ class Core:
         """It takes nothing any more: no place, no bandwidth."""
         self.fairness.gone(replica_id, now)
         self.estimator.settled(replica_id)
-        self.placing.predicted.pop(replica_id, None)
 
     def _load_reported(self, report: ReplicaLoaded, now: float, out: list[Action]) -> None:
         """What a load really took: the next estimates know."""
-        self.estimator.settled(report.replica_id)
         for server_id in self.estimator.loaded(report, now):
             self.cluster.mark_server(server_id)
-        predicted = self.placing.predicted.pop(report.replica_id, None)
-        if predicted is not None:
-            self.estimator.observed(report.replica_id, predicted, report)
         measured = self.decisions.loaded(report, now)
         if measured is not None:
             out.append(StartupMeasured(measured))
 
     def _explanation(self, message: Explain, now: float) -> Explanation:
         """The shell puts in who speaks."""
-        errors = self.estimator.errors()
+        errors = self.decisions.errors()
         return Explanation(
             scheduler_id="",
             term=0,
@@ -480,7 +472,7 @@ class Core:
     # -- what is wanted against what is there -------------------------------------------------------------------------
 
     def _reconcile(self, now: float, out: list[Action]) -> None:
-        self.placing.wake = math.inf
+        self.placing.wake = self._deferrals.wake = math.inf
         self._expire(now, out)
         for over in self.moves.step(now, out):
             self._take(over, now, out)
@@ -495,7 +487,7 @@ class Core:
         settled = self.deployments.settle(now, out)
         review = self._reviews[0][0] if self._reviews else math.inf
         self._wake = min(
-            self._wake, settled, review, self.placing.wake, self.moves.wake, self.health.wake,
+            self._wake, settled, review, self.placing.wake, self._deferrals.wake, self.moves.wake, self.health.wake,
             self.cluster.next_expiry(),
         )  # fmt: skip
 
@@ -583,7 +575,7 @@ class Core:
     def _content(self, name: str, now: float) -> None:
         """It wants nothing."""
         self._wanting_since.pop(name, None)
-        self._deferred.pop(name, None)
+        self._deferrals.drop(name)
         self.cluster.rooms.pop(name, None)
         self.fairness.satisfied(name, now)
 
@@ -638,7 +630,7 @@ class Core:
             if grown_at > now:
                 self._review_at(name, grown_at)
             if autoscale.evictable(self.cluster, replica, now, min_ready_s=self.rules.min_ready_s):
-                self.cluster.releases += 1
+                self.cluster.release_of(name)
 
     def _missing(self, name: str) -> int:
         """Replicas that a deployment lacks."""
@@ -655,15 +647,19 @@ class Core:
         suspended = self.health.suspended(now)
         tries = 0
         order = self._order(now)
+        due = [self._deferrals.due(name, rank, now) for rank, name in enumerate(order)]
         # Nobody behind the first in line is given what they could have by now, though nothing but time has changed.
-        due = any(self._try_now(name, rank, now) for rank, name in enumerate(order))
+        behind = [order[rank] for rank in range(FIRST, len(order)) if due[rank]]
+        pressed = any(not self._may_pass(name, now) for name in behind)
+        for rank in range(min(FIRST, len(order)) if behind else 0):
+            due[rank] = due[rank] or pressed or self._deferrals.older(order[rank], now)
         for rank, name in enumerate(order):
             if name in suspended or self.health.resting(name, now):
                 continue
             if tries >= MOST_TRIES:
                 self._wake = min(self._wake, now + LATER_S)
                 break
-            if not (due and rank < FIRST) and not self._try_now(name, rank, now):
+            if not due[rank]:
                 continue
             if not self._allowed(name, now):
                 continue
@@ -671,32 +667,39 @@ class Core:
                 if not self._place(name, now, out):
                     tries += 1
                     break
+        if self._deferrals.helpless:
+            self.looks.queues_again()
 
     def _order(self, now: float) -> list[str]:
         """Who wants replicas: who has none before who wants more, by their turn; then the longest wait."""
         names = sorted(self._wanting_since, key=lambda one: (self._wanting_since[one], one))
         return self.fairness.order(names, now)
 
-    def _try_now(self, name: str, rank: int, now: float) -> bool:
-        """Whether something may have made room since this deployment was deferred. The first in turn know at once."""
-        deferred = self._deferred.get(name)
-        if deferred is None:
-            return True
-        changed = deferred.releases != self.cluster.releases
-        due = deferred.again_at if changed else deferred.latest_at
-        if due <= now or (changed and rank < FIRST):
-            return True
-        self._wake = min(self._wake, due)
-        return False
+    def _frees(self, name: str, worker_ids: Sequence[str], now: float) -> bool:
+        """Whether a deployment that waits could be loaded on one of these workers now."""
+        record = self.cluster.deployments[name]
+        avoid, load_s = self.health.avoided(name), self._startup_s(name, record)
+        found = self.placing.frees(record, worker_ids, now, avoid=avoid, load_s=load_s)
+        self._spared_until(name, now)
+        return found
+
+    def _spared_until(self, name: str, now: float) -> None:
+        """Somebody was spared a moment ago who may be asked to leave for this one later."""
+        if self.placing.wake_for < math.inf:
+            self._review_at(name, max(self.placing.wake_for, now + LATER_S))
 
     def _allowed(self, name: str, now: float) -> bool:
         """Whether one more replica of a deployment that has some takes no place that was promised to others."""
         if not self.cluster.serving(name) and not self.cluster.coming(name):
             return True
-        if self.fairness.allows(name, self._startup_s(name, self.cluster.deployments[name]), now):
+        if self._may_pass(name, now):
             return True
         self._wake = min(self._wake, now + self.rules.look_interval_s)
         return False
+
+    def _may_pass(self, name: str, now: float) -> bool:
+        """Whether this one takes a place without breaking what was promised to those before it."""
+        return self.fairness.allows(name, self._startup_s(name, self.cluster.deployments[name]), now)
 
     def _place(self, name: str, now: float, out: list[Action]) -> bool:
         """Decide about one replica; whether it was placed."""
@@ -712,13 +715,12 @@ class Core:
             means=means,
             explain=now >= self._explained_until(name),
         )
-        if self.placing.wake_for < math.inf:
-            self._review_at(name, max(self.placing.wake_for, now + LATER_S))
+        self._spared_until(name, now)
         if decision.chosen is not None:
             self._startups[name] = decision.chosen.startup.total_s
         match decision.outcome:
             case Outcome.PLACE:
-                self._deferred.pop(name, None)
+                self._deferrals.drop(name)
                 return True
             case Outcome.EVICT:
                 pass
@@ -733,10 +735,14 @@ class Core:
                     self._defer(decision, now, out)
             case _:
                 assert_never(decision.outcome)
+        room = self.cluster.rooms.get(name)
+        if room is not None:
+            late_at = room.patient_until if room.patient_until > now else math.inf
+            self._deferrals.put(name, now, latest_at=late_at, roomed=True)
         return False
 
     def _explained_until(self, name: str) -> float:
-        deferred = self._deferred.get(name)
+        deferred = self._deferrals.get(name)
         return deferred.explained_until if deferred is not None else -math.inf
 
     def _means(self, name: str, now: float) -> Means:
@@ -753,14 +759,12 @@ class Core:
         name, reasons = decision.deployment, decision.reason
         # What is short may change with every byte; the log wants to know when the kind of the reason changes.
         kinds = decision.outcome.value + "".join(one.refused.split(" ")[0] for one in decision.candidates)
-        known = self._deferred.get(name)
-        explained_until = now + EXPLAINED_S
-        if known is not None and now < known.explained_until:
-            kinds, explained_until = known.kinds, known.explained_until
-        changed = known is None or known.kinds != kinds
-        latest_at = min(latest_at, now + self.rules.look_interval_s)
-        self._deferred[name] = Deferral(kinds, self.cluster.releases, now + RETRY_S, latest_at, explained_until)
-        self._wake = min(self._wake, latest_at)
+        known = self._deferrals.get(name)
+        was, one = known.kinds if known is not None else None, self._deferrals.put(name, now, latest_at=latest_at)
+        changed = False
+        if was is None or now >= one.explained_until:
+            changed = was != kinds
+            one.kinds, one.explained_until = kinds, now + EXPLAINED_S
         # Perhaps somebody is idle by now, which the queues know first.
         if changed:
             self.looks.queues_soon(now)
@@ -773,8 +777,6 @@ class Core:
                 "reasons": reasons,
             }
             out.append(Note("placement.deferred", facts))
-        else:
-            self.looks.queues_again()
 
     def _despair(self, name: str, now: float, out: list[Action]) -> float:
         """No server is large enough, even empty: after a while its requests fail instead of waiting for one that is.

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
+from services.scheduler.accuracy import Accuracy, Errors
 from services.scheduler.terms import Candidate, Decision, Outcome, RoomPlan, Startup
 from shared.contracts.placement import CandidateView, DecisionView, Explain, Parts, ReplicaLoaded
 from shared.errors import Failure
@@ -75,6 +76,7 @@ class Decisions:
         self._of_deployment: dict[str, collections.OrderedDict[str, _Entry]] = {}
         self._of_replica: dict[str, _Entry] = {}
         self._untimed: collections.deque[_Entry] = collections.deque(maxlen=MOST_UNTIMED)
+        self._accuracy = Accuracy()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -109,9 +111,15 @@ class Decisions:
         entry.actual_s = report.total_s + entry.room_s
         chosen = entry.decision.chosen
         estimate = chosen.startup if chosen is not None else Startup()
-        return Measured(
+        measured = Measured(
             entry.decision.deployment, report.replica_id, report.tier, estimate, entry.actual, entry.actual_s
         )
+        self._accuracy.observed(measured.tier, measured.relative_error)
+        return measured
+
+    def errors(self) -> Errors:
+        """How far the last estimates were from what the startups took."""
+        return self._accuracy.errors()
 
     def timed(self, took_ms: float) -> int:
         """All that was decided since the last call took so many milliseconds; how many decisions those were."""

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final, TypeVar
 
-from services.scheduler.accuracy import Accuracy, Errors, Missed
-from services.scheduler.lanes import Lanes
+from services.scheduler.crowd import Crowd, Slowdown
+from services.scheduler.lanes import Lanes, lane_of, other_lane
 from services.scheduler.learning import Fit, Level, Straight
 from services.scheduler.terms import Startup
 from shared.contracts.migration import MigrationEnded, MigrationOutcome
@@ -39,6 +39,11 @@ RESUME_SCALE_TOKENS: Final = 1000.0
 SCALE_BYTES: Final = float(1 << 30)
 KNOWN_LOADS: Final = 3  # of all servers from one tier, after which their line is believed of another one
 EULER_GAMMA: Final = 0.5772156649
+BEGINS_S: Final = 1.0  # that a new replica has been idle, by when its record would show what it runs
+SHARE: Final = 0.5  # of the time that the other lane is busy, by which a load is held up, before it was measured
+MOST_SHARE: Final = 1.5
+SHARE_WEIGHT: Final = 0.2  # of the newest figure
+TELLING: Final = 0.2  # the other lane's work says something if it is so large a part of the load's own
 WAITED: Final = 1.02  # move + attach this many times all of the work: the worker has waited for bytes
 # What a request that has generated more than the average is still expected to generate, in averages: none if all are
 # of one length, one if lengths are exponential; what people ask for is between the two.
@@ -83,6 +88,14 @@ class _Server:
 
 
 @dataclass(slots=True)
+class _Commanded:
+    """A load under way: for how long the other lane was busy when it was commanded, seconds."""
+
+    server_id: str
+    beside_s: float = 0.0
+
+
+@dataclass(slots=True)
 class _Attaching:
     """Of one checkpoint on one kind of device, seconds: `whole` of the work, from DRAM; `work` (on devices with memory
     of their own) all but the copies, which follow the bytes as they come; `rest`: after the last byte."""
@@ -108,7 +121,7 @@ class _Deployment:
 class _Counted:
     """What a replica had counted when it was last heard of."""
 
-    finished: int
+    through: int
     ended_tokens: int
 
 
@@ -131,7 +144,10 @@ class Estimator:
         self._counted: collections.OrderedDict[str, _Counted] = collections.OrderedDict()
         self._migrated_at: collections.OrderedDict[tuple[str, str], float] = collections.OrderedDict()
         self._promised_on: dict[str, str] = {}
-        self._accuracy = Accuracy()
+        self._commanded: collections.OrderedDict[str, _Commanded] = collections.OrderedDict()
+        self._crowd = Crowd()
+        self._slow = Slowdown()
+        self._shares = dict.fromkeys(MOVING_TIERS, SHARE)
 
     # -- what is heard ---------------------------------------------------------------------------------------------
 
@@ -156,21 +172,33 @@ class Estimator:
         if record.prefill_token_s is not None and record.prefill_token_s > 0:
             deployment.prefill_token.learn(record.prefill_token_s)
         self._count(record, deployment)
+        loads = record.state is ReplicaState.LOADING
+        # One that has just been loaded is about to run what it was loaded for: its record says so later.
+        begins = record.state is ReplicaState.READY and not record.finished_requests and record.idle_s < BEGINS_S
+        if loads or begins or record.running > 0:
+            self._crowd.joins(record.server_id, record.replica_id, loads=loads)
+        else:
+            self._crowd.leaves(record.replica_id)
 
     def loaded(self, report: ReplicaLoaded, now: float) -> tuple[str, ...]:
         """A load has ended well: the servers whose bandwidths are estimated otherwise now, by id."""
+        others = self._crowd.leaves(report.replica_id)
+        commanded = self._commanded.get(report.replica_id)
         self.settled(report.replica_id)
-        self._learn_attach(report)
+        self._learn_attach(report, others)
+        changed = {report.server_id: None}
         tier = report.tier
         if report.moved_bytes <= 0 or report.move_s <= 0 or tier not in MOVING_TIERS:
-            return ()
+            return tuple(changed)
+        move_s = self._learn_share(report, commanded.beside_s if commanded is not None else 0.0)
+        if move_s is None:
+            return tuple(changed)
         server = self._server(report.server_id)
         if tier not in server.own:
             server.own[tier] = Fit(self._belief(report.server_id, tier), SCALE_BYTES)
-        server.own[tier].learn(report.moved_bytes, report.move_s)
+        server.own[tier].learn(report.moved_bytes, move_s)
         common = self._common[tier]
-        common.learn(report.moved_bytes, report.move_s)
-        changed = {report.server_id: None}
+        common.learn(report.moved_bytes, move_s)
         if _differs(common.line, self._shared[tier]):
             self._shared[tier] = common.line
             unmeasured = (id for id, one in self._servers.items() if tier not in one.own and tier not in one.said)
@@ -198,27 +226,34 @@ class Estimator:
     ) -> None:
         """A load was commanded that the server's record cannot show yet; `key` is its checkpoint, if known."""
         self.settled(replica_id)
+        beside_s = self._lane_s(server_id, other_lane(tier), now) if missing_bytes > 0 else 0.0
+        _put(self._commanded, replica_id, _Commanded(server_id, beside_s))
+        self._crowd.joins(server_id, replica_id, loads=True)
         if missing_bytes > 0 and tier in MOVING_TIERS:
             self._server(server_id).lanes.promise(replica_id, key, missing_bytes, tier, now)
             self._promised_on[replica_id] = server_id
             while len(self._promised_on) > REMEMBERED:
-                self.settled(next(iter(self._promised_on)))
+                self._arrived(next(iter(self._promised_on)))
 
     def settled(self, replica_id: str) -> None:
-        """A load is over, one way or another."""
+        """A load is over, one way or another, or its replica is gone."""
+        self._crowd.leaves(replica_id)
+        self._commanded.pop(replica_id, None)
+        self._arrived(replica_id)
+
+    def _arrived(self, replica_id: str) -> None:
+        """Its bytes are there, or will not come."""
         server = self._servers.get(self._promised_on.pop(replica_id, ""))
         if server is not None:
             server.lanes.promises.pop(replica_id, None)
-
-    def observed(self, id: str, predicted: Startup, report: ReplicaLoaded) -> Missed:
-        """A load that was estimated has ended; `id` is the replica's, or the decision's."""
-        return self._accuracy.observed(id, predicted, report)
 
     def forget_server(self, server_id: str) -> None:
         """This server is gone."""
         server = self._servers.pop(server_id, None)
         for replica_id in server.lanes.promises if server is not None else ():
             self._promised_on.pop(replica_id, None)
+        self._crowd.forget_server(server_id)
+        self._slow.servers.pop(server_id, None)
 
     def forget_deployment(self, name: str) -> None:
         """This deployment is gone."""
@@ -241,12 +276,41 @@ class Estimator:
 
     def wait_s(self, server_id: str, tier: str, now: float, key: str = "") -> float:
         """Seconds until a new load from `tier` (of checkpoint `key`, if it may stand in the queue already) begins."""
-        server = self._servers.get(server_id)
-        if server is None or tier not in MOVING_TIERS:
+        if tier not in MOVING_TIERS:
             return 0.0
-        shown, unseen = server.lanes.ahead(tier, now, key)
-        said_s = max(0.0, shown * self.seconds_per_byte(server_id, tier) - (now - server.lanes.said_at))
-        return said_s + sum(self._move_s(server_id, from_tier, count) for from_tier, count in unseen)
+        latency_s = self.latency_s(server_id, tier) if tier != "ssd" else 0.0
+        # A source is looked at while others go first.
+        return max(0.0, self._lane_s(server_id, lane_of(tier), now, key, latency_s) - latency_s)
+
+    def beside_s(self, server_id: str, tier: str, now: float) -> float:
+        """Seconds for which the other lane of the store will be busy; a load is held up by `share` of them."""
+        return self._lane_s(server_id, other_lane(tier), now) if tier in MOVING_TIERS else 0.0
+
+    def share(self, tier: str) -> float:
+        """By what part of the other lane's time a load from this tier is held up."""
+        return self._shares.get(tier, 0.0)
+
+    def slowdown(self, server_id: str) -> float:
+        """How many times as long as elsewhere a worker's own work takes on this server at present, at least 1."""
+        return self._slow.of_server(server_id)
+
+    def _lane_s(self, server_id: str, lane: str, now: float, key: str = "", ready_s: float = 0.0) -> float:
+        """Seconds until a lane has done what it has to do before a load that can begin in `ready_s`."""
+        server = self._servers.get(server_id)
+        if server is None:
+            return 0.0
+        lanes, end = server.lanes, -math.inf
+        shown, unseen = lanes.ahead(lane, now, key)
+        usual = "ssd" if lane == "ssd" else "remote"
+        for id, size_bytes in shown.items():
+            one_s = size_bytes * self.seconds_per_byte(server_id, lanes.tier_of(id, usual))
+            end = max(end, lanes.said_at) + one_s
+        for one in unseen:
+            latency_s = self.latency_s(server_id, one.tier)
+            if lane == "import" and one.at + latency_s > now + ready_s > now:
+                continue  # whoever is ready first goes first
+            end = max(end, one.at) + self._move_s(server_id, one.tier, one.bytes)
+        return max(0.0, end - now)
 
     # -- the worker's part -----------------------------------------------------------------------------------------
 
@@ -282,16 +346,20 @@ class Estimator:
     ) -> Startup:
         """The start of a replica here. `missing_bytes` of `weight_bytes` are not in this server's DRAM; `tier` is where
         they come from. What is on its way already has nobody in front of it."""
+        others, mine = self._crowd.others(server_id), self._slow.of_server(server_id)
+        whole = mine * self._slow.of_others(others, "whole")
         if missing_bytes <= 0 or tier not in MOVING_TIERS:
-            return Startup(attach_s=self.attach_s(device, key, weight_bytes), room_s=room_s)
+            return Startup(attach_s=whole * self.attach_s(device, key, weight_bytes), room_s=room_s)
         server = self._servers.get(server_id)
         arriving = server is not None and key in server.lanes.arriving
         move_s = self._move_s(server_id, tier, missing_bytes)
-        work_s = self._work_s(_kind(device), key, weight_bytes)
+        move_s += self._shares[tier] * self.beside_s(server_id, tier, now)
+        work_s = mine * self._slow.of_others(others, "work") * self._work_s(_kind(device), key, weight_bytes)
+        rest_s = mine * self._slow.of_others(others, "rest") * self.attach_rest_s(device, key, weight_bytes)
         return Startup(
             wait_s=0.0 if arriving else self.wait_s(server_id, tier, now, key),
             move_s=move_s,
-            attach_s=max(self.attach_rest_s(device, key, weight_bytes), work_s - move_s),
+            attach_s=max(rest_s, work_s - move_s),
             room_s=room_s,
         )
 
@@ -340,10 +408,6 @@ class Estimator:
         known.resume.believe(Straight(common.slope if slope is None else slope, common.base))
         return known.resume.line
 
-    def errors(self) -> Errors:
-        """How far the estimates of the last loads were from what they took."""
-        return self._accuracy.errors()
-
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def _server(self, server_id: str) -> _Server:
@@ -385,26 +449,50 @@ class Estimator:
             fit = self._attach_fits[kind] = Fit(Straight(1.0 / bytes_per_s, base), SCALE_BYTES)
         return fit
 
-    def _learn_attach(self, report: ReplicaLoaded) -> None:
-        kind = _kind(report.device)
-        known = self._attaching.get((kind, report.checkpoint_id)) or _Attaching()
+    def _learn_share(self, report: ReplicaLoaded, beside_s: float) -> float | None:
+        """What moving the bytes would have taken without the other lane (None: too little of it was its own)."""
+        if beside_s <= 0.0:
+            return report.move_s
+        tier = report.tier
+        own_s = self._move_s(report.server_id, tier, report.moved_bytes)
+        if beside_s >= TELLING * own_s:
+            share = min(max(0.0, (report.move_s - own_s) / beside_s), MOST_SHARE)
+            self._shares[tier] += SHARE_WEIGHT * (share - self._shares[tier])
+        own_s = report.move_s - self._shares[tier] * beside_s
+        return own_s if own_s >= report.move_s / 2 else None
+
+    def _learn_attach(self, report: ReplicaLoaded, others: int) -> None:
+        kind, moved = _kind(report.device), report.moved_bytes > 0
+        known = self._attaching.get((kind, report.checkpoint_id)) or self._unknown(kind, report.weight_bytes)
         _put(self._attaching, (kind, report.checkpoint_id), known)
-        if report.moved_bytes <= 0:
-            known.whole.learn(report.attach_s)
-            self._attach_fit(kind).learn(report.weight_bytes, report.attach_s)
+        if not moved:
+            self._work_took(known.whole, report, others, "whole", report.attach_s, self._attach_fit(kind))
             return
         work_s = max(report.work_s, report.attach_s)
-        if kind == "cpu":  # where nothing is copied, it is the same work
-            known.whole.learn(work_s)
-            self._attach_fit(kind).learn(report.weight_bytes, work_s)
-        else:
-            known.work.learn(work_s)
+        self._work_took(known.work, report, others, "work", work_s)
         if report.move_s + report.attach_s > WAITED * work_s:  # bytes were waited for: nothing else was left to do
-            known.rest.learn(report.attach_s)
-            if work_s > 0:
+            self._work_took(known.rest, report, others, "rest", report.attach_s)
+            if work_s > 0 and (others == 0 or kind not in self._rests):
                 self._rests.setdefault(kind, Level()).learn(report.attach_s / work_s)
         elif known.rest.value is not None and report.attach_s < known.rest.value:
             known.rest = Level(report.attach_s)  # what is left after the last byte is never less than the rest
+
+    def _unknown(self, kind: str, weight_bytes: int) -> _Attaching:
+        """What is believed of a checkpoint before its first load: what others have shown counts as a figure."""
+        fit = self._attach_fits.get(kind)
+        known = fit is not None and fit.points >= KNOWN_LOADS
+        return _Attaching(Level(fit.line.at(weight_bytes))) if fit is not None and known else _Attaching()
+
+    def _work_took(
+        self, known: Level, report: ReplicaLoaded, others: int, part: str, took_s: float, fit: Fit | None = None
+    ) -> None:
+        """A part of a worker's work took so long. What it takes by itself is learnt where it was by itself."""
+        slow = self._slow.learn(report.server_id, others, part, took_s, known.value)
+        of_kind = self._attach_fits.get(_kind(report.device))
+        if others == 0 or (known.value is None and (of_kind is None or of_kind.points < KNOWN_LOADS)):
+            known.learn(took_s / slow)
+        if fit is not None and (others == 0 or not fit.points):
+            fit.learn(report.weight_bytes, took_s / slow)
 
     def _work_s(self, kind: str, key: str, weight_bytes: int) -> float:
         """All of the worker's work while bytes arrive."""
@@ -420,18 +508,21 @@ class Estimator:
         return self.priors.step_s if known is None or known.step.value is None else known.step.value
 
     def _count(self, record: ReplicaRecord, deployment: _Deployment) -> None:
-        """Output tokens per request that has ended. What a migrating request has generated is added at its source and
-        taken away at its destination."""
+        """Output tokens per request that went on to its end. What one that was cut short had generated counts, the
+        request does not: how long it would have been is not known (the likeliest mean of exponential lengths of which
+        some are only known in part). What a migrating request has generated is added at its source and taken away at
+        its destination."""
         before = self._counted.get(record.replica_id)
         ended_tokens = record.generated_tokens - record.output_tokens
         deployment.tokens += ended_tokens - (before.ended_tokens if before else 0)
-        finished = record.finished_requests - (before.finished if before else 0)
-        if finished > 0:
-            kept = OUTPUT_KEPT**finished
-            deployment.sum_requests = kept * deployment.sum_requests + finished
+        all_through = record.finished_requests - record.cut_requests
+        through = all_through - (before.through if before else 0)
+        if through > 0:
+            kept = OUTPUT_KEPT**through
+            deployment.sum_requests = kept * deployment.sum_requests + through
             deployment.sum_tokens = kept * deployment.sum_tokens + max(0.0, deployment.tokens)
             deployment.tokens = min(0.0, deployment.tokens)
-        _put(self._counted, record.replica_id, _Counted(record.finished_requests, ended_tokens))
+        _put(self._counted, record.replica_id, _Counted(all_through, ended_tokens))
 
     def _follow_promise(self, record: ReplicaRecord) -> None:
         server = self._servers.get(self._promised_on.get(record.replica_id, ""))
@@ -439,7 +530,7 @@ class Estimator:
             return
         attaching = record.load is not None and record.load.phase == "attaching"
         if record.state is not ReplicaState.LOADING or attaching:
-            self.settled(record.replica_id)
+            self._arrived(record.replica_id)
             return
         promise = server.lanes.promises.get(record.replica_id)
         if promise is not None and not promise.key:

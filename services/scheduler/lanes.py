@@ -1,8 +1,9 @@
 """What a new load would wait for on a server: the two lanes of its store, and what has been commanded since. Pure.
 
 A store reads one image after another from its SSD, and brings one after another from elsewhere; the two go on side by
-side. Loads that users wait for go before all others, so only they count. What the store's record does not show yet, but
-was commanded, is a promise: it counts until the record shows it, or what it was for is over.
+side, and share disk and processors. Loads that users wait for go before all others, so only they count. What the
+store's record does not show yet, but was commanded, is a promise: it counts until the record shows it, or what it was
+for is over.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ UNSEEN_S: Final = 2.0  # by then the record shows a load whose checkpoint is not
 
 
 @dataclass(slots=True)
-class _Promise:
+class Promise:
     """A load that was commanded at `at`; `key` is its checkpoint ("": not known yet), `seen` in the store's record."""
 
     key: str
@@ -34,7 +35,7 @@ class Lanes:
     said_at: float = 0.0
     queues: dict[str, dict[str, int]] = field(default_factory=dict)
     arriving: dict[str, int] = field(default_factory=dict)
-    promises: dict[str, _Promise] = field(default_factory=dict)
+    promises: dict[str, Promise] = field(default_factory=dict)
 
     def said(self, record: ServerRecord, now: float) -> None:
         """What the store says now."""
@@ -53,29 +54,34 @@ class Lanes:
         """A load was commanded."""
         self.promises = {id: one for id, one in self.promises.items() if now - one.at <= PROMISE_S or one.seen}
         shown = any(key in queue for queue in self.queues.values())
-        self.promises[replica_id] = _Promise(key, size_bytes, tier, now, seen=shown)
+        self.promises[replica_id] = Promise(key, size_bytes, tier, now, seen=shown)
 
-    def ahead(self, tier: str, now: float, key: str = "") -> tuple[int, list[tuple[str, int]]]:
-        """Bytes that the lane for `tier` has yet to move, by the store's last word, before a new load begins; and
-        those of promises, with their tiers.
-
-        A load of checkpoint `key` that stands in the lane already waits only for what stands before it.
+    def ahead(self, lane: str, now: float, key: str = "") -> tuple[dict[str, int], list[Promise]]:
+        """What this lane has yet to move before a new load begins: bytes by checkpoint, by the store's last word, and
+        promises, oldest first. A load of checkpoint `key` that stands in the lane waits for what stands before it only.
         """
-        lane = lane_of(tier)
-        shown = 0
-        queue = self.queues.get(lane, {})
-        for id, size_bytes in queue.items():
+        shown: dict[str, int] = {}
+        for id, size_bytes in self.queues.get(lane, {}).items():
             if id == key:
                 return shown, []
-            shown += size_bytes
-        unseen: dict[str, tuple[str, int]] = {}
+            shown[id] = size_bytes
+        unseen: dict[str, Promise] = {}
         for id, one in self.promises.items():
             if one.seen or lane_of(one.tier) != lane or now - one.at > PROMISE_S or (key and one.key == key):
                 continue
-            unseen.setdefault(one.key or id, (one.tier, one.bytes))
+            unseen.setdefault(one.key or id, one)
         return shown, list(unseen.values())
+
+    def tier_of(self, key: str, default: str) -> str:
+        """From where a checkpoint in a lane comes, as it was commanded."""
+        return next((one.tier for one in self.promises.values() if one.key == key), default)
 
 
 def lane_of(tier: str) -> str:
     """The lane that a load from this tier takes."""
     return "ssd" if tier == "ssd" else "import"
+
+
+def other_lane(tier: str) -> str:
+    """The lane beside that."""
+    return "import" if tier == "ssd" else "ssd"

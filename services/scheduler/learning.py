@@ -17,10 +17,10 @@ SURE_WEIGHT: Final = 0.6  # of the second odd one in a row on the same side: it 
 FEW: Final = 3  # so many figures do not say yet what is odd
 LEAST: Final = 1e-6  # seconds, or whatever a figure is
 KEPT: Final = 0.85  # of the weight of what a fit knows, at every new point
-KEPT_OF_CHANGED: Final = 0.1  # the same, at the second odd point in a row on the same side
-BELIEF: Final = 0.1  # the weight of what is believed before the first point
+KEPT_OF_CHANGED: Final = 0.02  # the same, at the second odd point in a row on the same side
+BELIEF: Final = 0.1  # the weight of what is believed of slope and base, in points, before the first one
 BELIEF_LEAST: Final = 0.002  # the same after many; never nothing, or points of one x only would be no line
-SMALL: Final = 0.05  # of the scale: errors grow with x from there on, and count by what part of it they are
+SMALL: Final = 0.01  # of a line at its scale: less than that is believed of neither part to be nothing
 
 
 class Level:
@@ -69,17 +69,19 @@ class Straight:
 
 
 class Fit:
-    """A straight line through points, by weighted least squares with exponential forgetting.
+    """A straight line through points, by weighted least squares with exponential forgetting (a ridge regression).
 
-    It begins with a belief, that counts as a fraction of one point at 0 and one at `scale`: points of one x only do not
-    tilt the line. Times are off by parts of themselves, so errors weigh less the larger x is: small points say what the
-    base is, large ones the slope, and neither spoils the other.
+    It begins with a belief and leaves it no further than the points ask for: slope and base are each pulled towards
+    what is believed of them, in parts of themselves. So what points of one x only say goes to that part of the line
+    which matters most at that x: small ones tell the base, and leave the slope as it is believed to be.
+
+    Times are off by parts of themselves: a point weighs by its own size and by what was expected of it.
     """
 
-    __slots__ = ("_belief", "_belief_weight", "_line", "_odd", "_scale", "_sums", "points")
+    __slots__ = ("_before", "_belief", "_belief_weight", "_line", "_odd", "_scale", "_sums", "points")
 
     def __init__(self, belief: Straight, scale: float) -> None:
-        self._belief = belief
+        self._belief = self._before = belief
         self._line: Straight | None = belief
         self.points = 0
         self._belief_weight = BELIEF
@@ -89,19 +91,22 @@ class Fit:
 
     def learn(self, x: float, y: float) -> None:
         """One more point; x in units of `scale`'s, both not negative."""
-        known = self.line.at(x)
+        self._before = self.line
+        known = max(LEAST, self._before.at(x))
         side = _side(y, known) if self.points >= FEW else 0
-        weight, kept = 1.0, KEPT
-        if side and side == self._odd:
-            kept = KEPT_OF_CHANGED
+        part, kept = 1.0, KEPT
+        if side and side == self._odd:  # it has changed, but only so far as the points say
+            kept, self._belief, self._belief_weight = KEPT_OF_CHANGED, self._before, BELIEF / 2
         elif side:
-            weight = SHY_WEIGHT
+            part = SHY_WEIGHT
             y = min(max(y, known / CLIP), known * CLIP)
         self._odd = side
         self.points += 1
         self._belief_weight = max(BELIEF_LEAST, KEPT * self._belief_weight)
         self._line = None
-        self._sums = _added(tuple(kept * one for one in self._sums), weight, x / self._scale, y)
+        weight = part / (known * max(LEAST, y))
+        more = (1.0, x / self._scale, y, (x / self._scale) ** 2, x / self._scale * y)
+        self._sums = tuple(kept * one + weight * new for one, new in zip(self._sums, more, strict=True))
 
     def believe(self, belief: Straight) -> None:
         """What is believed besides the points is this now."""
@@ -117,10 +122,13 @@ class Fit:
         return self._line
 
     def _fitted(self) -> Straight:
-        sums = self._sums
-        for x, y in ((0.0, self._belief.base), (1.0, self._belief.at(self._scale))):
-            sums = _added(sums, self._belief_weight, x, y)
-        n, sx, sy, sxx, sxy = sums
+        n, sx, sy, sxx, sxy = self._sums
+        slope, base = self._belief.slope * self._scale, self._belief.base
+        before, least = self._before, max(LEAST, SMALL * (slope + base))
+        pull_slope = self._belief_weight / (max(slope, least) * max(before.slope * self._scale, least))
+        pull_base = self._belief_weight / (max(base, least) * max(before.base, least))
+        n, sy = n + pull_base, sy + pull_base * base
+        sxx, sxy = sxx + pull_slope, sxy + pull_slope * slope
         slope = (n * sxy - sx * sy) / (n * sxx - sx * sx)
         base = (sy - slope * sx) / n
         if slope < 0.0:
@@ -128,11 +136,6 @@ class Fit:
         elif base < 0.0:
             slope, base = sxy / sxx, 0.0
         return Straight(slope / self._scale, base)
-
-
-def _added(sums: tuple[float, ...], weight: float, x: float, y: float) -> tuple[float, ...]:
-    weight /= (SMALL + x) ** 2
-    return tuple(one + weight * more for one, more in zip(sums, (1.0, x, y, x * x, x * y), strict=True))
 
 
 def _side(figure: float, known: float) -> int:

@@ -7,7 +7,7 @@ knows of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -20,7 +20,7 @@ from services.scheduler.events import Action, CommandLoad, CommandStop, Decided,
 from services.scheduler.fairness import Fairness
 from services.scheduler.rules import Rules
 from services.scheduler.scene import Scene, ask_for
-from services.scheduler.terms import Ask, Candidate, Decision, Means, Outcome, Startup
+from services.scheduler.terms import Ask, Candidate, Decision, Means, Outcome
 from services.scheduler.view import View
 from shared.capacity import context_tokens
 from shared.contracts.placement import LoadReplica, StopReplica
@@ -51,7 +51,6 @@ class Placing:
     """Places replicas and stops them. `instance` makes its replica ids distinct from those of earlier schedulers.
 
     `wake` is the monotonic second from which on a refused stop may be commanded again; whoever asks resets it.
-    `predicted` has what a replica's startup was estimated at, until it is known what it took.
     """
 
     def __init__(
@@ -68,7 +67,6 @@ class Placing:
         self.counts = Counts()
         self.decisions = Decisions(instance=instance)
         self.wake = math.inf
-        self.predicted: dict[str, Startup] = {}
         self._rules = rules
         self._cluster = cluster
         self._scene = scene
@@ -153,6 +151,39 @@ class Placing:
         says so (`move_id`), and on which worker, or on which not (`at`, `away_from`). Making room by other means than
         stopping idle replicas, waiting, and that it is impossible, are for the caller to see to.
         """
+        ask = self._question(record, now, avoid, load_s, means, move_id)
+        ask = replace(ask, at=at, away_from=away_from, explain=explain)
+        decision = self._decide(ask, self._scene, now)
+        if not self._worth_taking(ask.owner, decision, now):
+            return ask, replace(decision, outcome=Outcome.WAIT, chosen=None)
+        if decision.outcome is Outcome.PLACE:
+            self._load(record, ask, decision, since, now, out)
+        elif decision.outcome is Outcome.EVICT:
+            self._evict(ask, decision, now, out)
+        return ask, decision
+
+    def frees(
+        self,
+        record: DeploymentRecord,
+        worker_ids: Sequence[str],
+        now: float,
+        *,
+        avoid: Mapping[str, Failure],
+        load_s: float,
+    ) -> bool:
+        """Whether these workers could take one more replica now, if only idle ones leave: see `Scene.frees`."""
+        return self._scene.frees(self._question(record, now, avoid, load_s, None, ""), worker_ids)
+
+    def _question(
+        self,
+        record: DeploymentRecord,
+        now: float,
+        avoid: Mapping[str, Failure],
+        load_s: float,
+        means: Means | None,
+        move_id: str,
+    ) -> Ask:
+        """What is asked about one more replica; the scene is set for it."""
         cluster, name = self._cluster, record.spec.name
         owner = owner_of(move_id) if move_id else name
         means = means if means is not None else Means(move=False, wait=False)
@@ -164,17 +195,7 @@ class Placing:
         self._scene.look(
             name, now, load_s=load_s, reserve=reserve, spared=lambda id: self._not_before.get(id, -math.inf) > now
         )
-        ask = replace(
-            ask_for(cluster, record, means=means), owner=owner, at=at, away_from=away_from, avoid=avoid, explain=explain
-        )  # fmt: skip
-        decision = self._decide(ask, self._scene, now)
-        if not self._worth_taking(owner, decision, now):
-            return ask, replace(decision, outcome=Outcome.WAIT, chosen=None)
-        if decision.outcome is Outcome.PLACE:
-            self._load(record, ask, decision, since, now, out)
-        elif decision.outcome is Outcome.EVICT:
-            self._evict(ask, decision, now, out)
-        return ask, decision
+        return replace(ask_for(cluster, record, means=means), owner=owner, avoid=avoid)
 
     def _worth_taking(self, owner: str, decision: Decision, now: float) -> bool:
         """Whether a place is taken although room is being made elsewhere: it is sooner, or the room is late."""
@@ -208,7 +229,6 @@ class Placing:
         )
         self.counts.decisions += 1
         self.decisions.decided(decision, replica_id, now)
-        self.predicted[replica_id] = chosen.startup
         missing_bytes = self._missing_bytes(need.key, need.weight_bytes, chosen)
         self._scene.estimator.promised(
             worker.server_id, replica_id, missing_bytes, chosen.tier, now, key=need.key

@@ -31,6 +31,15 @@ class Estimates(Protocol):
     def wait_s(self, server_id: str, tier: str, now: float, key: str = "") -> float:
         """Until a new load from `tier` (of checkpoint `key`, if it may stand in the queue already) begins."""
 
+    def beside_s(self, server_id: str, tier: str, now: float) -> float:
+        """Seconds for which the other lane of the store will be busy."""
+
+    def share(self, tier: str) -> float:
+        """By what part of them a load from this tier is held up."""
+
+    def slowdown(self, server_id: str) -> float:
+        """How many times as long a worker's own work takes on this server at present, at least 1."""
+
     def attach_s(self, device: str, key: str, weight_bytes: int) -> float:
         """To attach a checkpoint that is in DRAM; `weight_bytes` are those of one device."""
 

@@ -78,6 +78,7 @@ class Replica:
         self.held: dict[str, None] = {}
         self.wanted = 0
         self.finished_requests = 0
+        self.cut_requests = 0
         self.generated_tokens = 0
         self.asked_at: Final = now
         self.ready_at = now
@@ -366,6 +367,7 @@ class Replica:
             idle_s=max(0.0, now - self.idle_since) if ready and not self.held else 0.0,
             memory_bytes=self.memory_bytes,
             finished_requests=self.finished_requests,
+            cut_requests=self.cut_requests,
             generated_tokens=self.generated_tokens,
             engine=self.loaded.engine.name if self.loaded else "",
             load=None if ready else self.progress,

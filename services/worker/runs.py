@@ -415,7 +415,9 @@ class Runs:
         del self.by_token[run.token]
         del self.by_request[run.request_id]
         self._retries.pop(run.token, None)
-        run.replica.finished_requests += outcome not in ("given_back", "superseded", "deferred", "migrated")
+        finished = outcome not in ("given_back", "superseded", "deferred", "migrated")
+        run.replica.finished_requests += finished
+        run.replica.cut_requests += finished and outcome not in ("stop", "length")
         ledger, generation = self.ledger(run), run.generation
         actions.append(
             e.RequestFinished(

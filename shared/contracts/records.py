@@ -157,7 +157,8 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True, tag="worker_record
 class ReplicaRecord(msgspec.Struct, frozen=True, kw_only=True, tag="replica_record", omit_defaults=True):
     """A replica, written by its worker. `idle_s` is the time since its last request ended (0 while one runs).
 
-    `slots` is how many requests it runs at once; `load` how far it is while `loading`. It runs on `worker_id` and, if
+    `slots` is how many requests it runs at once; `load` how far it is while `loading`. Of the `finished_requests`
+    `cut_requests` ended before they were through: cancelled by their clients, or failed. It runs on `worker_id` and, if
     it takes several devices, on `peer_worker_ids`.
 
     What moving or awaiting its requests would cost: `context_tokens` and `output_tokens` are those of all requests
@@ -187,6 +188,7 @@ class ReplicaRecord(msgspec.Struct, frozen=True, kw_only=True, tag="replica_reco
     left_tokens: int = 0
     step_s: float | None = None
     prefill_token_s: float | None = None
+    cut_requests: int = 0
 
 
 class GatewayRecord(msgspec.Struct, frozen=True, kw_only=True, tag="gateway_record", omit_defaults=True):

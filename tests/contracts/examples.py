@@ -442,6 +442,7 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
         left_tokens=64,
         step_s=0.02,
         prefill_token_s=0.001,
+        cut_requests=1,
     ),
     records.GatewayRecord(
         gateway_id="g1", phase=records.Phase.READY, url="http://127.0.0.1:8080", pid=3, open_requests=1, epoch=1

@@ -57,6 +57,15 @@ class FakeEstimates:
     def wait_s(self, server_id: str, tier: str, now: float, key: str = "") -> float:
         return self.of.get(server_id, Speeds()).queue_s.get(tier, 0.0)
 
+    def beside_s(self, server_id: str, tier: str, now: float) -> float:
+        return 0.0
+
+    def share(self, tier: str) -> float:
+        return 0.0
+
+    def slowdown(self, server_id: str) -> float:
+        return 1.0
+
     def attach_s(self, device: str, key: str, weight_bytes: int) -> float:
         return self.attach
 

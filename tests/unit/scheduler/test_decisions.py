@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
+
 from services.scheduler.decisions import MOST_CANDIDATES, MOST_PER_DEPLOYMENT, Decisions, room_words
 from services.scheduler.terms import Candidate, Decision, Outcome, Relocation, RoomPlan, Startup
 from shared.contracts.placement import DecisionView, Explain, Parts, ReplicaLoaded
@@ -61,6 +65,19 @@ def test_a_load_is_measured_once_and_only_if_its_decision_is_known() -> None:
     assert kept.loaded(report("r1"), 1.0) is not None
     assert kept.loaded(report("r1"), 2.0) is None
     assert kept.loaded(report("somebody's"), 2.0) is None
+
+
+def test_the_errors_of_the_last_estimates_are_kept_by_tier() -> None:
+    kept = Decisions()
+    assert (kept.errors().loads, kept.errors().median) == (0, None)
+    for number, estimate_s in enumerate([2.0, 2.2, 2.4] + [3.0] * 300):
+        kept.decided(decision(candidate("w1", attach_s=estimate_s), name=f"a{number}"), f"r{number}", 0.0)
+        kept.loaded(report(f"r{number}"), 1.0)
+        if number == 2:
+            assert kept.errors().median == pytest.approx(0.1)
+            assert kept.errors().p95 == pytest.approx(0.19)
+            assert kept.errors().by_tier["ssd"] == replace(kept.errors(), by_tier={})
+    assert (kept.errors().loads, kept.errors().median) == (256, 0.5)
 
 
 def test_making_room_and_the_load_that_takes_it_are_one_entry_with_the_seconds_of_both() -> None:

@@ -51,7 +51,8 @@ def test_somebody_who_asks_why_is_told_what_was_decided_and_what_it_took() -> No
     assert it.take(StartupMeasured) == []
     (view,) = asked(it, Explain(deployment="m")).decisions
     assert (view.replica_id, view.actual_s) == ("r1", 2.0)
-    assert asked(it, Explain(deployment="other")) == Explanation(scheduler_id="", term=0)
+    nothing = Explanation(scheduler_id="", term=0, median_error=0.25, p95_error=0.25)
+    assert asked(it, Explain(deployment="other")) == nothing, "how far estimates are off is told to everybody"
 
 
 def test_why_nothing_is_placed_is_told_and_a_load_that_was_refused_is_no_riddle() -> None:

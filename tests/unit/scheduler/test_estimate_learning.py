@@ -47,8 +47,8 @@ def test_a_fit_finds_base_and_slope() -> None:
     for _ in range(12):
         for x in (0.0, 5.0, 20.0):
             fit.learn(x, 3.0 + 0.5 * x)
-    assert fit.line.slope == pytest.approx(0.5, rel=0.02)
-    assert fit.line.base == pytest.approx(3.0, rel=0.02)
+    assert fit.line.slope == pytest.approx(0.5, rel=0.05)
+    assert fit.line.base == pytest.approx(3.0, rel=0.05)
 
 
 def test_points_of_one_size_do_not_tilt_it() -> None:
