@@ -91,7 +91,8 @@ async def evict(running: Cluster, nats_url: str, checkpoint_id: str, tier: str) 
 def hearth(home: Path, source: Path, runs: int, dram_bytes: int) -> dict[str, Any]:
     """Cold starts from DRAM, SSD and the source; a warm request for comparison."""
     figures: dict[str, Any] = {}
-    with cluster(home, dram_bytes=dram_bytes, env={"HEARTH_TORCH_THREADS": "0"}) as running:
+    env = {"HEARTH_TORCH_THREADS": "0", "HEARTH_FILL_BYTES_PER_S": "0"}  # what is evicted stays away
+    with cluster(home, dram_bytes=dram_bytes, env=env) as running:
         record = running.deploy("m", source, keep_alive_s=0.5, target_concurrency=4)
         checkpoint_id = running.view()["deployments"][0]["checkpoint"]["checkpoint_id"]
         assert record

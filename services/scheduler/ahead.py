@@ -19,8 +19,8 @@ and of each only the nearest holders and a few places.
 
 Free DRAM is of no use. So where nothing has to go for it and nothing is written or sent, from a server's own SSD into
 its own free DRAM, whatever is deployed is brought, the likeliest first, within a budget of its own: also what was never
-asked for, whose first request is as good as any other. What has left a DRAM is not brought back so for a while: the room was
-needed, or an operator did not want it there.
+asked for, whose first request is as good as any other. What has left a DRAM is not brought back so for a while: the
+room was needed, or an operator did not want it there.
 """
 
 from __future__ import annotations

@@ -51,6 +51,22 @@ def test_a_cold_stream_opens_at_once_and_ends_with_its_ledger(cluster: Cluster, 
     assert body["hearth"]["cold"] is False
 
 
+def test_what_lies_on_an_ssd_comes_into_free_dram_before_anybody_asks_for_it(cluster: Cluster, models: Models) -> None:
+    answer = cluster.deploy("unasked", models("llama", seed=41))
+    checkpoint_id = answer["deployment"]["checkpoint"]["checkpoint_id"]
+    order = {"tier": "ssd", "source": answer["deployment"]["spec"]["source"]}
+    for server in ("server-1", "server-2"):
+        path = f"/v1/admin/servers/{server}/checkpoints/{checkpoint_id}/prefetch"
+        status, body = cluster.call("POST", path, order)
+        assert status == 200, body
+
+    def holders() -> int:
+        return sum(checkpoint_id in server["dram"] for server in cluster.view()["servers"])
+
+    cluster.until(lambda: holders() == 2, "both servers have it in DRAM")
+    assert not replicas_of(cluster, "unasked")
+
+
 def test_an_idle_replica_leaves_after_its_keep_alive_and_comes_back(cluster: Cluster, models: Models) -> None:
     cluster.deploy("brief", models("llama"), keep_alive_s=0.5)
     body = {"model": "brief", "prompt": "one", "max_tokens": 4, "temperature": 0}

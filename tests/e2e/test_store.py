@@ -48,6 +48,7 @@ def tiers(tmp_path_factory: pytest.TempPathFactory, nats_url: str, redis_url: st
         "HEARTH_LEASE_TTL_S": str(LEASE_TTL_S),
         "HEARTH_ACK_WAIT_S": "30",
         "HEARTH_RECORD_TTL_S": "30",
+        "HEARTH_FILL_BYTES_PER_S": "0",  # only what a test brings is there
     }
     with Cluster(
         home, nats_url=nats_url, redis_url=redis_url, servers=2, dram_bytes=POOL_BYTES, env=settings
