@@ -1,11 +1,12 @@
 """The experiments of docs/placement.md: what is measured there is what these commands print.
 
-    python -m simulator.experiments paper|azure|deployments|belady|bursts [--quick] [--seeds 10] [--into DOCUMENT]
+    python -m simulator.experiments paper|azure|deployments|ahead|belady|bursts [--quick] [--seeds 10] [--into DOCUMENT]
 
 * paper: the ServerlessLLM paper's experiment: 32, 16 or 8 deployments of OPT-6.7B, 13B or 30B on its test bed, gamma
-  arrivals with CV 8, GSM8K- and ShareGPT-like lengths, several rates, six policies.
+  arrivals with CV 8, GSM8K- and ShareGPT-like lengths, several rates, seven policies.
 * azure: the same fleet under the Azure Functions trace and the Azure LLM inference traces.
 * deployments: 16 to 128 deployments on the same machines.
+* ahead: with prefetching and without, from an empty DRAM on and later.
 * belady: hits in DRAM against the offline optimum on the same accesses, for several sizes of DRAM.
 * bursts: how often somebody must leave for somebody else, by how bursty the arrivals are.
 
@@ -177,9 +178,33 @@ def deployments(bench: Bench) -> str:
     wish = Wish(rate=1.0, popularity="uniform", duration_s=bench.scale.duration_s)
     for count in (16, 128) if bench.scale.quick else (16, 32, 64, 96, 128, 192):
         base = replace(PAPER, wish=wish, deployments=f"opt-6.7b:{count}", warm_up_s=bench.scale.warm_up_s)
-        found = bench.over_seeds(base, ("hearth", "random"))
+        found = bench.over_seeds(base, ("hearth", "no_prefetch", "random"))
         rows += [[f"{count} deployments, {TITLES[policy]}", *_standard(runs)] for policy, runs in found.items()]
     return markdown(STANDARD, rows)
+
+
+def ahead(bench: Bench) -> str:
+    """See the module."""
+    rows: list[list[str]] = []
+    duration_s = bench.scale.duration_s
+    fits = replace(PAPER, wish=Wish(rate=1.4, popularity="uniform", duration_s=duration_s), deployments="opt-6.7b:32")
+    more = replace(PAPER, wish=Wish(rate=1.4, popularity="zipf:1", duration_s=duration_s), deployments="opt-13b:64")
+    cases = (
+        ("32 of 6.7B, from an empty DRAM on", fits),
+        ("32 of 6.7B, the second half", replace(fits, warm_up_s=bench.scale.warm_up_s)),
+        ("64 of 13B, the second half", replace(more, warm_up_s=bench.scale.warm_up_s)),
+    )
+    for title, base in cases:
+        found = bench.over_seeds(base, ("hearth", "no_prefetch"))
+        rows += [
+            [
+                f"{title}, {TITLES[policy]}",
+                *(cell(runs, figure) for figure in ("startup_mean_s", "startup_p50_s", "startup_p99_s")),
+                *(cell(runs, figure, 0) for figure in ("prefetches", "loads", "loads_ssd")),
+            ]
+            for policy, runs in found.items()
+        ]
+    return markdown(["", "mean s", "P50 s", "P99 s", "prefetches", "loads", "from SSD"], rows)
 
 
 def belady(bench: Bench) -> str:
@@ -265,6 +290,7 @@ EXPERIMENTS: Final[dict[str, Callable[[Bench], str]]] = {
     "paper": paper,
     "azure": azure,
     "deployments": deployments,
+    "ahead": ahead,
     "belady": belady,
     "bursts": bursts,
 }
