@@ -27,7 +27,10 @@ LIKES: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One load. `estimate` and `actual` are seconds by part, `request_s` is what its first request took in all."""
+    """One load. `estimate` and `actual` are seconds by part, `request_s` is what its first request took in all.
+
+    `first`: of those at once it was decided before all others, which it could not foresee.
+    """
 
     number: int
     kind: str
@@ -41,6 +44,7 @@ class Load:
     estimate_s: float
     actual_s: float
     request_s: float
+    first: bool = True
 
     @property
     def error(self) -> float:
@@ -124,7 +128,7 @@ async def explained(stage: Stage, order: Order, before: str) -> dict[str, Any]:
     while time.monotonic() < until:
         found = await stage.explain(order.deployment)
         if found and found["decision_id"] != before:
-            return found
+            return found | {"at": time.monotonic() - found["ago_s"]}
         await asyncio.sleep(0.05)
     return {}
 
@@ -149,14 +153,15 @@ async def play(stage: Stage, number: int, kind: str, loads: Sequence[Order], dic
     found = [await explained(stage, order, id) for order, id in zip(loads, before, strict=True)]
     for stream in running:
         await stream.close()
+    first_at = min((decision["at"] for decision in found if decision), default=0.0)
     return [
-        _load(number, kind, order, decision, task.result())
+        _load(number, kind, order, decision, task.result(), first=decision["at"] == first_at)
         for order, decision, task in zip(loads, found, asked, strict=True)
         if decision
     ]
 
 
-def _load(number: int, kind: str, order: Order, decision: dict[str, Any], request_s: float) -> Load:
+def _load(number: int, kind: str, order: Order, decision: dict[str, Any], request_s: float, *, first: bool) -> Load:
     chosen = decision["candidates"][0]
     estimate = {part: float(chosen["estimate"].get(part, 0.0)) for part in PARTS}
     actual = {part: float(decision["actual"].get(part, 0.0)) for part in PARTS}
@@ -173,6 +178,7 @@ def _load(number: int, kind: str, order: Order, decision: dict[str, Any], reques
         estimate_s=sum(estimate.values()),
         actual_s=float(decision["actual_s"]),
         request_s=request_s,
+        first=first,
     )
 
 
@@ -270,6 +276,9 @@ def groups(loads: Sequence[dict[str, Any]], learning: int) -> list[tuple[str, li
     found = [(f"the first {learning}", list(loads[:learning])), ("**all after them**", later)]
     found += [(f"from {tier}", [one for one in later if one["tier"] == tier]) for tier in TIERS]
     found += [(kind, [one for one in later if one["kind"] == kind]) for kind in (ALONE, QUEUED, BUSY)]
+    several = [one for one in later if one["kind"] == QUEUED]
+    found += [("– decided first", [one for one in several if one["first"]])]
+    found += [("– decided after others", [one for one in several if not one["first"]])]
     return [(label, chosen) for label, chosen in found if chosen]
 
 

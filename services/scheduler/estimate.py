@@ -148,6 +148,7 @@ class Estimator:
         self._crowd = Crowd()
         self._slow = Slowdown()
         self._shares = dict.fromkeys(MOVING_TIERS, SHARE)
+        self._shared_loads = dict.fromkeys(MOVING_TIERS, 0)
 
     # -- what is heard ---------------------------------------------------------------------------------------------
 
@@ -457,7 +458,9 @@ class Estimator:
         own_s = self._move_s(report.server_id, tier, report.moved_bytes)
         if beside_s >= TELLING * own_s:
             share = min(max(0.0, (report.move_s - own_s) / beside_s), MOST_SHARE)
-            self._shares[tier] += SHARE_WEIGHT * (share - self._shares[tier])
+            self._shared_loads[tier] += 1
+            weight = max(SHARE_WEIGHT, 1.0 / (1 + self._shared_loads[tier]))  # what is believed counts as one figure
+            self._shares[tier] += weight * (share - self._shares[tier])
         own_s = report.move_s - self._shares[tier] * beside_s
         return own_s if own_s >= report.move_s / 2 else None
 

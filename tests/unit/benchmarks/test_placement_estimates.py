@@ -8,11 +8,13 @@ from benchmarks.placing import estimates
 from benchmarks.placing.estimates import ALONE, QUEUED, Load
 
 
-def load(actual_s: float, estimate_s: float, *, tier: str = "ssd", wait_s: float = 0.0) -> dict[str, object]:
+def load(
+    actual_s: float, estimate_s: float, *, tier: str = "ssd", wait_s: float = 0.0, kind: str = ALONE, first: bool = True
+) -> dict[str, object]:
     """A load that took so long, as figures have it."""
     parts = dict.fromkeys(estimates.PARTS, 0.0)
     one = Load(
-        0, ALONE, "m", 1, tier, tier, "server-1",
+        0, kind, "m", 1, tier, tier, "server-1",
         parts | {"move_s": estimate_s}, parts | {"wait_s": wait_s, "move_s": actual_s - wait_s},
         estimate_s, actual_s, actual_s,
     )  # fmt: skip
@@ -21,6 +23,7 @@ def load(actual_s: float, estimate_s: float, *, tier: str = "ssd", wait_s: float
         "estimate_s": estimate_s,
         "actual_s": actual_s,
         "error": one.error,
+        "first": first,
     }
 
 
@@ -44,6 +47,13 @@ def test_errors_are_relative_to_what_it_took_and_learning_is_told_apart() -> Non
     assert rows["**all after them**"][1:5] == ["3", "1.00", "1.00–2.00", "30"]
     assert rows["from peer"][4:6] == ["50", "50"]
     assert "from dram" not in rows
+
+
+def test_those_that_others_follow_are_told_apart_from_those_that_know_of_others() -> None:
+    loads = [load(1.0, 1.0), load(1.0, 0.5, kind=QUEUED), load(1.0, 0.9, kind=QUEUED, first=False)]
+    rows = {row[0]: row for row in estimates.rows(loads, learning=0)}
+    assert (rows["– decided first"][1], rows["– decided first"][4]) == ("1", "50")
+    assert (rows["– decided after others"][1], rows["– decided after others"][4]) == ("1", "10")
 
 
 def test_what_loads_of_one_kind_differ_by_leaves_out_those_that_waited() -> None:
