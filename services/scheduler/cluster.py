@@ -16,6 +16,7 @@ from typing import Final
 from services.scheduler.absent import Absent
 from services.scheduler.books import Books, Occupant, Room
 from services.scheduler.commands import Need, PendingLoad, PendingStop
+from services.scheduler.releases import Releases
 from services.scheduler.table import Groups, Table
 from services.scheduler.view import pool_bytes, streams_on
 from shared.capacity import context_tokens, kv_cache_bytes
@@ -47,8 +48,8 @@ class Cluster:
 
     `needed` are the replicas to which moves are under way; they are not idle, whatever they say. `floors` maps a
     deployment to the replicas that its moves want it to have. Both are written by `moves` only. `touched_names` are the
-    deployments of which something has changed since `take_touched`, and `releases` counts what may have made room for
-    somebody who waits.
+    deployments of which something has changed since `take_touched`, and `releases` are the workers on which something
+    may have come free for somebody who waits.
     """
 
     def __init__(self, *, kv_bytes_max: int) -> None:
@@ -67,7 +68,7 @@ class Cluster:
         self.hinted_at: dict[str, float] = {}
         self.depths_asked_at = -math.inf
         self.ready_at: dict[str, float] = {}
-        self.releases = 0
+        self.releases = Releases()
         self._needed: frozenset[str] = frozenset()
         self._floors: dict[str, int] = {}
         self._said_at: dict[str, float] = {}
@@ -119,14 +120,14 @@ class Cluster:
                     groups.add(key, id)
         if old is not None and new is not None:
             if old.phase is not new.phase or new.leased_bytes < old.leased_bytes:
-                self.releases += 1
+                self._release(self._workers_of.of(id))
             same = (old.dram, old.ssd, old.chunk_bytes, old.dram_capacity_bytes) == (
                 new.dram, new.ssd, new.chunk_bytes, new.dram_capacity_bytes,
             )  # fmt: skip
             if same and old.phase is new.phase:
                 return
         else:
-            self.releases += 1
+            self._release(self._workers_of.of(id))
         self._recount_server(id)
         for worker_id in self._workers_of.of(id):
             self._touch_worker(worker_id)
@@ -145,7 +146,9 @@ class Cluster:
             self._devices.pop(id, None)
         if old is not None and new is not None and _same_worker(old, new):
             return
-        self.releases += 1
+        self._release((id,))
+        if new is None:
+            self.releases.forget(id)
         self._touch_worker(id)
         for replica_id in self._replicas_at.of(id):
             self._recount(self.replicas[replica_id])
@@ -165,13 +168,14 @@ class Cluster:
                     self._changed_workers[worker_id] = None
         _mark(self._leaving_replicas, id, new is not None and new.state is ReplicaState.DRAINING)
         if new is None:
-            self.releases += 1
             self._drop_occupant(id)
+            if old is not None:
+                self.release_of(old.deployment, workers_of(old))
             if old is not None and old.worker_id not in self.workers:
                 self._devices.pop(old.worker_id, None)
         else:
             if old is None or (old.running > 0 and new.running == 0) or old.state is not new.state:
-                self.releases += 1
+                self.release_of(new.deployment)
             self._recount(new)
 
     def _regroup(self, id: str, old: ReplicaRecord | None, new: ReplicaRecord | None) -> None:
@@ -212,9 +216,10 @@ class Cluster:
             self._expires(new.expires_at, "load", id)
             self._count_load(new)
         else:
-            self.releases += 1
             if id not in self.replicas:
                 self._drop_occupant(id)
+            if old is not None:
+                self.release_of(old.deployment, old.worker_ids)
 
     def _stop_changed(self, id: str, old: PendingStop | None, new: PendingStop | None) -> None:
         one = new or old
@@ -237,13 +242,22 @@ class Cluster:
             self.books.put_room(owner, replace(new, weight_bytes=weight))
         else:
             self.books.drop_room(owner)
-            self.releases += 1
+            self._release(old.worker_ids if old is not None else ())
 
     def _depth_changed(self, name: str, old: int | None, new: int | None) -> None:
         if (old or 0) != (new or 0):
             self.touch(name)
             if not new:
-                self.releases += 1  # its replicas may have become idle
+                self.release_of(name)  # its replicas may have become idle
+
+    def release_of(self, name: str, worker_ids: tuple[str, ...] = ()) -> None:
+        """These workers may have given something back, and so may those of all replicas of the deployment: it may be
+        able to do without one of them, or have slots for what runs in another."""
+        others = (id for one in self._replicas_of.of(name) for id in workers_of(self.replicas[one]))
+        self._release((*worker_ids, *others))
+
+    def _release(self, worker_ids: Iterable[str]) -> None:
+        self.releases.put(id for id in worker_ids if id in self.workers)
 
     def _touch_worker(self, id: str) -> None:
         """Who has replicas, or loads, there may have more or fewer that can work."""

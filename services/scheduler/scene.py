@@ -12,6 +12,7 @@ from services.scheduler.columns import Columns
 from services.scheduler.demand import DemandKept
 from services.scheduler.estimate import Estimator
 from services.scheduler.fairness import Fairness
+from services.scheduler.fits import Fit, fit
 from services.scheduler.rules import Rules
 from services.scheduler.terms import Ask, Means, Tenant
 from shared.contracts.records import DeploymentRecord, ReplicaRecord, ReplicaState, ServerRecord, WorkerRecord
@@ -127,20 +128,58 @@ class Scene:
         room = self._cluster.rooms.get(owner)
         return room.worker_ids if room is not None else ()
 
+    def frees(self, ask: Ask, worker_ids: Sequence[str]) -> bool:
+        """Whether one of these workers can take a replica now if nobody leaves but who is idle, or another one of
+        their servers can as there is room in its DRAM pool now. What is asked by means of others is not looked at."""
+        present = self.present(ask.need.deployment)
+        servers: dict[str, None] = {}
+        for id in worker_ids:
+            worker = self.workers.get(id)
+            if worker is None:
+                continue
+            servers[worker.server_id] = None
+            place = fit(ask, self, worker, present, self._now)
+            if not place.why or (place.roomy and ask.means.evict and self._is_idle_enough(ask, id, place)):
+                return True
+        return any(self._has_free(ask, server_id, present) for server_id in servers)
+
+    def _has_free(self, ask: Ask, server_id: str, present: frozenset[str]) -> bool:
+        for id in self.workers_on(server_id):
+            worker = self.workers[id]
+            empty = self.replica_count(id, but_for=ask.owner) < worker.max_replicas
+            if empty and not fit(ask, self, worker, present, self._now).why:
+                return True
+        return False
+
+    def _is_idle_enough(self, ask: Ask, worker_id: str, place: Fit) -> bool:
+        """Whether the idle replicas of a worker give back the memory that is short there."""
+        replicas, memory_bytes = 0, 0
+        for replica in self._cluster.replicas_on(worker_id):
+            if replica.running or not self._can_be_asked(replica):
+                continue
+            leaver = self._leaver(replica)
+            if leaver is None or (leaver.below_min and (self._reserve or not ask.means.below_min)):
+                continue
+            replicas += 1
+            memory_bytes += self._cluster.occupant(replica.replica_id).memory_bytes
+        return replicas > 0 and replicas >= place.short_replicas and memory_bytes >= place.short_bytes
+
     # -- who is in the way -------------------------------------------------------------------------------------------
 
     def tenants(self, worker_id: str) -> Sequence[Tenant]:
         """See `View`."""
         cluster = self._cluster
-        return [
-            self._tenant(replica)
-            for replica in cluster.replicas_on(worker_id)
-            if replica.state is ReplicaState.READY
-            and replica.replica_id not in cluster.stops
+        return [self._tenant(replica) for replica in cluster.replicas_on(worker_id) if self._can_be_asked(replica)]
+
+    def _can_be_asked(self, replica: ReplicaRecord) -> bool:
+        """Whether this replica could be asked to leave at all."""
+        return (
+            replica.state is ReplicaState.READY
+            and replica.replica_id not in self._cluster.stops
             and replica.deployment != self._name
             and replica.replica_id not in self._going
             and not self._spared(replica.replica_id)
-        ]
+        )
 
     def sketch(self, worker_id: str) -> Sequence[Tenant]:
         """See `View`."""
