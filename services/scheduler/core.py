@@ -499,6 +499,7 @@ class Core:
             failure = Failure(code=Code.WORKER_LOST, message="The worker never showed the replica.")
             self._blame(load.replica_id, load.deployment, load.server_id, failure, now, out)
         for replica_id in self.cluster.absent.take_lost():
+            self.estimator.settled(replica_id)
             self.moves.load_failed(replica_id, Failure(code=Code.WORKER_LOST, message="The worker is gone."))
         for id, suspect in self.health.watch(now, out):
             failure = Failure(code=Code.WORKER_LOST, message="The replica went away while it was loading.")

@@ -145,7 +145,7 @@ class Estimator:
         self._migrated_at: collections.OrderedDict[tuple[str, str], float] = collections.OrderedDict()
         self._promised_on: dict[str, str] = {}
         self._commanded: collections.OrderedDict[str, _Commanded] = collections.OrderedDict()
-        self._crowd = Crowd()
+        self.crowd: Final = Crowd()
         self._slow = Slowdown()
         self._shares = dict.fromkeys(MOVING_TIERS, SHARE)
         self._shared_loads = dict.fromkeys(MOVING_TIERS, 0)
@@ -177,13 +177,13 @@ class Estimator:
         # One that has just been loaded is about to run what it was loaded for: its record says so later.
         begins = record.state is ReplicaState.READY and not record.finished_requests and record.idle_s < BEGINS_S
         if loads or begins or record.running > 0:
-            self._crowd.joins(record.server_id, record.replica_id, loads=loads)
+            self.crowd.joins(record.server_id, record.replica_id, loads=loads)
         else:
-            self._crowd.leaves(record.replica_id)
+            self.crowd.leaves(record.replica_id)
 
     def loaded(self, report: ReplicaLoaded, now: float) -> tuple[str, ...]:
         """A load has ended well: the servers whose bandwidths are estimated otherwise now, by id."""
-        others = self._crowd.leaves(report.replica_id)
+        others = self.crowd.leaves(report.replica_id)
         commanded = self._commanded.get(report.replica_id)
         self.settled(report.replica_id)
         self._learn_attach(report, others)
@@ -229,7 +229,7 @@ class Estimator:
         self.settled(replica_id)
         beside_s = self._lane_s(server_id, other_lane(tier), now) if missing_bytes > 0 else 0.0
         _put(self._commanded, replica_id, _Commanded(server_id, beside_s))
-        self._crowd.joins(server_id, replica_id, loads=True)
+        self.crowd.joins(server_id, replica_id, loads=True)
         if missing_bytes > 0 and tier in MOVING_TIERS:
             self._server(server_id).lanes.promise(replica_id, key, missing_bytes, tier, now)
             self._promised_on[replica_id] = server_id
@@ -238,7 +238,7 @@ class Estimator:
 
     def settled(self, replica_id: str) -> None:
         """A load is over, one way or another, or its replica is gone."""
-        self._crowd.leaves(replica_id)
+        self.crowd.leaves(replica_id)
         self._commanded.pop(replica_id, None)
         self._arrived(replica_id)
 
@@ -253,7 +253,7 @@ class Estimator:
         server = self._servers.pop(server_id, None)
         for replica_id in server.lanes.promises if server is not None else ():
             self._promised_on.pop(replica_id, None)
-        self._crowd.forget_server(server_id)
+        self.crowd.forget_server(server_id)
         self._slow.servers.pop(server_id, None)
 
     def forget_deployment(self, name: str) -> None:
@@ -347,7 +347,7 @@ class Estimator:
     ) -> Startup:
         """The start of a replica here. `missing_bytes` of `weight_bytes` are not in this server's DRAM; `tier` is where
         they come from. What is on its way already has nobody in front of it."""
-        others, mine = self._crowd.others(server_id), self._slow.of_server(server_id)
+        others, mine = self.crowd.others(server_id), self._slow.of_server(server_id)
         whole = mine * self._slow.of_others(others, "whole")
         if missing_bytes <= 0 or tier not in MOVING_TIERS:
             return Startup(attach_s=whole * self.attach_s(device, key, weight_bytes), room_s=room_s)

@@ -6,7 +6,9 @@ import pytest
 
 from services.scheduler.crowd import Crowd, Slowdown
 from services.scheduler.estimate import Estimator
+from services.scheduler.events import CommandLoad, RecordHinted
 from shared.contracts.records import ReplicaState
+from tests.unit.scheduler.desk import small
 from tests.unit.scheduler.test_estimate import GIB, MIB, load, replica, server
 
 
@@ -106,3 +108,12 @@ def test_of_two_that_come_from_elsewhere_the_one_whose_source_is_known_first_goe
     assert estimator.wait_s("s1", "peer", 10.1) == 0.0
     assert estimator.wait_s("s1", "peer", 10.5) > 0.5
     assert estimator.wait_s("s1", "remote", 10.1) > 0.5
+
+
+def test_a_load_that_is_lost_with_its_worker_is_at_work_no_longer() -> None:
+    it = small()
+    it.hint("m")
+    load = it.only(CommandLoad)
+    assert it.core.estimator.crowd.others("a") == 1
+    it.tell(RecordHinted("worker", load.worker_id, deleted=True))
+    assert it.core.estimator.crowd.others("a") == 0
