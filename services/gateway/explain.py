@@ -97,7 +97,7 @@ class Explanations:
             return await self._ask(Explain(deployment=facts.deployment, limit=limit))
         answers = [await self._ask(Explain(replica_id=replica_id, limit=1)) for replica_id in replica_ids]
         decisions = tuple(decision for answer in answers for decision in answer.decisions)
-        return msgspec.structs.replace(answers[0], decisions=decisions, waiting="")
+        return msgspec.structs.replace(answers[0], decisions=decisions, waiting="", doing="")
 
     async def _ask(self, message: Explain) -> Explanation:
         try:

@@ -59,6 +59,11 @@ class Clearing:
         """Whether somebody's end is awaited for this deployment: then nobody else's need be."""
         return name in self._cluster.ending.values()
 
+    def plan(self, owner: str) -> RoomPlan:
+        """How room is being made for this owner, where somebody runs something; an empty plan: it is not."""
+        clearing = self._clearings.get(owner)
+        return clearing.plan if clearing is not None else RoomPlan()
+
     def begin(self, ask: Ask, decision: Decision, now: float, out: list[Action]) -> None:
         """Have everybody leave who is in the way."""
         chosen, cluster, placing = decision.chosen, self._cluster, self._placing

@@ -76,6 +76,7 @@ from services.scheduler.placing import Decide, Placing
 from services.scheduler.rules import Rules
 from services.scheduler.scene import Scene
 from services.scheduler.terms import Decision, Means, Outcome
+from services.scheduler.underway import underway
 from shared.contracts.migration import MigrationReason
 from shared.contracts.placement import Explain, Explanation, ReplicaLoaded
 from shared.contracts.records import DeploymentRecord, DeploymentState, ReplicaRecord, ReplicaState, ServerRecord
@@ -163,8 +164,8 @@ class Core:
             for name, record in sorted(cluster.deployments.items())
         }
 
-    def figures(self, now: float) -> Figures:
-        """What was done until now (for metrics)."""
+    def figures(self) -> Figures:
+        """What was done so far (for metrics)."""
         return Figures(
             loads=self.counts.decisions,
             evictions=self.counts.evictions,
@@ -422,12 +423,16 @@ class Core:
 
     def _explanation(self, message: Explain, now: float) -> Explanation:
         """The shell puts in who speaks."""
-        errors = self.decisions.errors()
+        name, errors = message.deployment, self.decisions.errors()
+        room = self.cluster.rooms.get(name)
         return Explanation(
             scheduler_id="",
             term=0,
             decisions=self.decisions.explain(message, now),
-            waiting=self.decisions.waiting(message.deployment),
+            waiting=self.decisions.waiting(name),
+            doing=underway(self.cluster, room, self.clearing.plan(name), self.estimator.remaining_s, now)
+            if room
+            else "",
             median_error=errors.median,
             p95_error=errors.p95,
         )

@@ -516,7 +516,7 @@ class Service:
         for reason, (moves, requests) in self._core.moves.open().items():
             MOVES.labels(reason.value).set(moves)
             MOVING.labels(reason.value).set(requests)
-        self._show_figures(self._core.figures(self._clock()))
+        self._show_figures(self._core.figures())
 
     def _show_figures(self, now: Figures) -> None:
         """Counters rise by what has come since the last look."""

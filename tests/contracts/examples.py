@@ -353,6 +353,7 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
             ),
         ),
         waiting="the DRAM pool is 5 B short",
+        doing="waits for m to leave w4",
         median_error=0.05,
         p95_error=0.2,
     ),

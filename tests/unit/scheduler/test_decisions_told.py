@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from services.scheduler.books import Room
+from services.scheduler.cluster import Cluster
+from services.scheduler.commands import PendingStop
 from services.scheduler.events import (
     Answer,
     CommandLoad,
+    CommandStop,
     DemandHinted,
     ExplainAsked,
     LoadRefused,
@@ -15,7 +19,8 @@ from services.scheduler.events import (
 )
 from services.scheduler.fairness import FairnessCounts
 from services.scheduler.figures import Figures, Tally, parks
-from services.scheduler.terms import Candidate, Decision, Outcome, Startup
+from services.scheduler.terms import Candidate, Decision, Outcome, Relocation, RoomPlan, Startup
+from services.scheduler.underway import underway
 from shared.contracts.placement import Explain, Explanation, ReplicaLoaded
 from shared.contracts.records import ReplicaRecord, ReplicaState
 from shared.errors import Code, Failure
@@ -96,7 +101,7 @@ def test_finished_requests_are_counted_by_what_replicas_add() -> None:
 def test_figures() -> None:
     it = small()
     it.hint("m")
-    figures = it.core.figures(it.now)
+    figures = it.core.figures()
     assert (figures.loads, figures.evictions, figures.finished_requests) == (1, 0, 0)
     assert figures.bound is not None
     assert figures.bound.held
@@ -104,3 +109,51 @@ def test_figures() -> None:
     assert Figures(loads=3, finished_requests=6).swaps_per_request == 0.5
     assert Figures(loads=3).swaps_per_request == 0.0
     assert parks(FairnessCounts(late=1, outranked=2, shared=3)) == {"late": 1, "outranked": 2, "shared": 3}
+
+
+def test_what_is_being_done_to_make_room_is_told_until_nobody_is_in_the_way() -> None:
+    it = small()
+    it.queue("x", 1)
+    it.hint("x")
+    load = it.loaded(running=3)
+    assert asked(it, Explain(deployment="m")).doing == ""
+    it.wait(60.0)
+    it.queue("m", 1)
+    it.hint("m")
+    it.only(CommandStop)
+    doing = asked(it, Explain(deployment="m")).doing
+    assert doing.startswith("waits for the end of 3 requests of x on a0, expected in ")
+    assert "; ready in " in doing
+    assert asked(it, Explain(deployment="x")).doing == ""
+    it.gone(load.message.replica_id)
+    assert it.only(CommandLoad).message.deployment == "m"
+    assert asked(it, Explain(deployment="m")).doing == ""
+
+
+def test_everybody_who_is_in_the_way_is_told_with_how_they_leave() -> None:
+    cluster = Cluster(kv_bytes_max=1)
+    for number, running in enumerate((0, 1, 2, 3, 4)):
+        cluster.replicas[f"r{number}"] = ReplicaRecord(
+            replica_id=f"r{number}", worker_id=f"w{number}", server_id="a", deployment=f"d{number}", revision="1",
+            checkpoint_id="c", state=ReplicaState.READY, slots=4, running=running,
+        )  # fmt: skip
+    plan = RoomPlan(
+        stops=("r0",),
+        moves=(Relocation("r1", "w7", "x-1"), Relocation("r2", "w8"), Relocation("r2", "w9", "x-2")),
+        waits=("r3",),
+        parks=("r4", "r9"),
+    )
+    room = Room("m", ("w0",), "a", "k", 1, 1, plan.victims, 200.0, due_at=115.0)
+    steps = (
+        "waits for d0 to leave w0",
+        "moves 1 request of d1 from w1 to w7",
+        "moves 2 requests of d2 from w2 to w8 (loaded there first) and w9",
+        "waits for the end of 3 requests of d3 on w3, expected in 12 s",
+        "parks 4 requests of d4 on w4",
+    )
+    told = underway(cluster, room, plan, lambda replica: 12.0, 100.0)
+    assert sorted(told.removesuffix("; ready in 15 s").split("; ")) == sorted(steps)
+    late = underway(cluster, room, plan, lambda replica: 12.0, 118.0)
+    assert late.endswith("; 3.0 s later than estimated")
+    cluster.stops["r3"] = PendingStop("r3", "d3", "w3", "parked", False, True, 130.0)
+    assert "parks 3 requests of d3 on w3" in underway(cluster, room, plan, lambda replica: 12.0, 100.0)
