@@ -407,10 +407,6 @@ class Deployments:
             wake = min(wake, due)
         return wake
 
-    def unsettled(self) -> int:
-        """Operations and writes under way."""
-        return len(self._operations) + len(self._writing) + len(self._removing)
-
     def check(self) -> None:
         """One writer, one write at a time; nobody waits for nothing."""
         for name in self._writing:

