@@ -374,7 +374,7 @@ class GatewayCore:
         return Claimed(
             epoch=live.epoch,
             budget_s=call.deadline_at - now,
-            waited_s=now - call.admitted_at,
+            waited_s=live.waited_s,
             token_ids=tuple(live.tokens),
         )
 
@@ -388,7 +388,7 @@ class GatewayCore:
         """The owner until now has nothing to say any more; that is no loss by itself."""
         if live.state is State.STREAMING:
             self._watch.remove(live)
-            live.state = State.INTERRUPTED
+            live.interrupt(now)
             self._arm(self._demands.add(live, now), _Timer.DEMAND, live.call.slug)
 
     def _holds(self, holds: Holds, now: float, out: list[Action]) -> Unwanted:

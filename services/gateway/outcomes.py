@@ -46,7 +46,10 @@ def refused(request: Request, failure: Failure) -> Account:
 
 
 def with_owners(live: Live, ledger: Ledger) -> Ledger:
-    """A ledger with what the gateway alone knows: how often the owner changed, and what its client noticed of it."""
+    """A ledger with what the gateway alone knows: how often the owner changed, what its client noticed of it, and how
+    long it was in the queue if it came back there."""
+    if live.recoveries:
+        ledger = msgspec.structs.replace(ledger, queue_s=live.queued_s)
     return msgspec.structs.replace(ledger, migrations=live.migrations, recoveries=live.recoveries, pause_s=live.pause_s)
 
 

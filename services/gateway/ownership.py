@@ -67,6 +67,9 @@ class Live:
     acknowledges it, `delivery` is that of the last grant (0: nobody had this message), `returned` whether the queue has
     it back, `acknowledged` whether an earlier owner has (probably) acknowledged it.
 
+    `waits_since`: it was taken from its owner then and waits again; `waited_s` is how long it had waited when it was
+    handed out last, `queued_s` all its waits together.
+
     `places` maps the replicas in which it ran, the first one and the last, to their workers, in order.
     """
 
@@ -102,6 +105,9 @@ class Live:
     migrations: int = 0
     recoveries: int = 0
     claimed_at: float | None = None
+    waits_since: float | None = None
+    waited_s: float = 0.0
+    queued_s: float = 0.0
     first_at: float | None = None
     frame_at: float = 0.0
     pause_s: float = 0.0
@@ -112,6 +118,11 @@ class Live:
     def request_id(self) -> str:
         """The request's id."""
         return self.request.request_id
+
+    def interrupt(self, now: float) -> None:
+        """It belongs to nobody from now on."""
+        self.state = State.INTERRUPTED
+        self.waits_since = now
 
 
 def judge(live: Live, claim: Claim) -> Grant | Gone | Failure:
@@ -141,6 +152,9 @@ def grant(live: Live, claim: Claim, kind: Grant, now: float) -> None:
     """Make the worker of a claim the owner, at the next epoch."""
     if kind is not Grant.RECLAIM:
         live.owned_at = now
+    if kind in (Grant.FIRST, Grant.RECOVERY):
+        live.waited_s = now - (live.call.admitted_at if live.waits_since is None else live.waits_since)
+        live.queued_s += live.waited_s
     live.migrations += kind is Grant.MIGRATION
     live.recoveries += kind is Grant.RECOVERY
     if kind is not Grant.FIRST and live.resuming is not Grant.RECOVERY:

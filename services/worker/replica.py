@@ -379,7 +379,7 @@ class Replica:
         )
 
     def ledger(self, *, waited_s: float, now: float) -> Ledger:
-        """The ledger of a request that was claimed at `now`, `waited_s` after its publication (as its gateway says).
+        """The ledger of a request that was claimed at `now` and was in the queue for `waited_s` (its gateway says).
 
         It is cold if it was there before the replica was.
         """

@@ -42,9 +42,10 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Ledger(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Where the time of a request went; seconds and bytes, all measured.
 
-    `queue_s` is publication → claim and contains the cold start if there was one (`cold`): `decision_s` (demand seen →
-    load commanded), `import_s` (source → SSD), `read_s` (SSD → DRAM), `attach_s` (DRAM → usable parameters, engine
-    ready). `tier` names the tier in which the load found the checkpoint: "accelerator" (warm), "dram", "ssd",
+    `queue_s` is the time in the queue, publication → claim; of a request that came back there (it was parked, or its
+    worker was lost) all its waits together. It contains the cold start if there was one (`cold`): `decision_s` (demand
+    seen → load commanded), `import_s` (source → SSD), `read_s` (SSD → DRAM), `attach_s` (DRAM → usable parameters,
+    engine ready). `tier` names the tier in which the load found the checkpoint: "accelerator" (warm), "dram", "ssd",
     "remote". Then `prefill_s` (claim → first token) and `decode_s` (first → last token).
 
     A request that moved counts its `migrations` and their `rounds`, one that lost its worker its `recoveries`;

@@ -98,8 +98,8 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True, tag="claim", omit_default
 class Claimed(msgspec.Struct, frozen=True, kw_only=True, tag="claimed", omit_defaults=True):
     """Ownership: only frames with this `epoch`, from index `len(token_ids)` on, are accepted from now on.
 
-    `token_ids` are the output tokens that the client already has; `waited_s` is the time since publication;
-    `budget_s` what is left of the budget.
+    `token_ids` are the output tokens that the client already has; `waited_s` is how long it was in the queue: since its
+    publication, or since it was taken from its last owner; `budget_s` what is left of the budget.
     """
 
     epoch: int

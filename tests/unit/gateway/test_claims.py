@@ -75,7 +75,7 @@ def test_a_migration_moves_ownership_and_is_counted() -> None:
     bench.begin(tokens=2)
     bench.now = 3.0
     answer = bench.claim(worker="w2", token="a.1", sequence=17, after_epoch=1, claim_id="m1")
-    assert answer == Claimed(epoch=2, budget_s=97.0, waited_s=3.0, token_ids=(0, 1))
+    assert answer == Claimed(epoch=2, budget_s=97.0, waited_s=0.0, token_ids=(0, 1))
     assert bench.frame(2) == [superseded("w1", 1)]
     bench.now = 3.5
     (resumed,) = only(bench.frame(2, epoch=2, worker="w2"), c.Resumed)

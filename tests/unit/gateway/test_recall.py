@@ -46,6 +46,27 @@ def test_what_has_ended_is_remembered_with_its_ledger() -> None:
     assert (ended.prompt_tokens, ended.completion_tokens, ended.ledger) == (3, 2, Ledger())
 
 
+def test_the_time_in_the_queue_is_that_of_all_waits_and_none_of_the_runs_between_them() -> None:
+    bench = Bench()
+    bench.admit()
+    bench.now = 2.0
+    bench.own()
+    assert bench.core.live["a"].waited_s == 2.0
+    bench.frame(0, count=2)
+    bench.now = 12.0
+    bench.give_back()
+    bench.now = 15.0
+    epoch = bench.own(worker="w2", delivery=2, sequence=17)
+    assert bench.core.live["a"].waited_s == 3.0
+    bench.now = 20.0
+    bench.end(2, epoch=epoch, worker="w2")
+    recall = Recall()
+    recall.keep(bench.accounts[0], 20.0)
+    ended = recall.find("a", {}, 20.0)
+    assert ended.ledger is not None
+    assert (ended.ledger.queue_s, ended.queue_s, ended.ledger.recoveries) == (5.0, 2.0, 1)
+
+
 def test_every_place_is_remembered_in_order_and_of_very_many_the_first_and_the_last() -> None:
     bench = Bench()
     bench.begin()
