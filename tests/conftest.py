@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import os
 import re
 import secrets
 from collections.abc import AsyncIterator, Iterator
@@ -15,6 +17,10 @@ from shared.bus import Bus
 from shared.registry import Registry
 from tests.builders.servers import start_nats, start_redis
 
+# The models of tests are tiny: several threads per product of matrices cost ten times what they share, above all where
+# processes with threads of their own compute at the same time. torch reads this when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Whole files that need torch say so by this line; on a machine without torch they cannot even be imported.
 _TORCH_FILE = re.compile(r"^pytestmark = .*\bpytest\.mark\.torch\b", re.MULTILINE)
 _HAS_TORCH = importlib.util.find_spec("torch") is not None
@@ -25,6 +31,12 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     if _HAS_TORCH or collection_path.suffix != ".py":
         return None
     return True if _TORCH_FILE.search(collection_path.read_text(encoding="utf-8")) else None
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays; every collection of garbage (an engine asks for one at its end) would look at all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,15 @@ from services.cli import servers
 
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 # Cheap ones first. Each part may stand alone: `hearth test unit -k placement`.
-PARTS: Final = ("unit", "contracts", "integration", "e2e")
+PARTS: Final = ("unit", "contracts", "simulator", "integration", "e2e")
+# What only computes: every core of the machine gets a share of it, file by file, so that what a file makes for all its
+# tests (a model, a server) is made once. The files that take longest come first, and nobody waits for them at the end.
+# All the other tests are processes that wait for each other, and are run one after another: their clocks are real.
+COMPUTING: Final = ("simulator", "unit", "contracts")
+MOST_AT_ONCE: Final = 4  # each imports torch
+SHARED: Final = [
+    "-n", "logical", "--maxprocesses", str(MOST_AT_ONCE), "--dist", "loadfile", "--no-loadscope-reorder",
+]  # fmt: skip
 LINT_IMPORTS: Final = "from importlinter.cli import lint_imports_command; lint_imports_command()"
 LINTERS: Final[tuple[tuple[str, list[str]], ...]] = (
     ("ruff check", ["-m", "ruff", "check", "."]),
@@ -29,6 +37,8 @@ def plan(rest: list[str], existing: frozenset[str]) -> list[tuple[str, list[str]
 
     Nothing: everything. `lint`: the linters. Names of parts: these parts. Anything else is pytest's.
     """
+    if not rest:
+        return [*LINTERS, *_all(existing)]
     parts: list[str] = []
     while rest and rest[0] in {*PARTS, "lint"}:
         parts.append(rest[0])
@@ -36,7 +46,7 @@ def plan(rest: list[str], existing: frozenset[str]) -> list[tuple[str, list[str]
     if rest[:1] == ["--"]:
         rest = rest[1:]
     steps: list[tuple[str, list[str]]] = []
-    if "lint" in parts or not (parts or rest):
+    if "lint" in parts:
         steps += LINTERS
     wanted = [part for part in PARTS if part in parts]
     if parts and not wanted:
@@ -44,6 +54,13 @@ def plan(rest: list[str], existing: frozenset[str]) -> list[tuple[str, list[str]
     folders = [f"tests/{part}" for part in wanted if part in existing]
     steps.append((" ".join(["pytest", *folders, *rest]), ["-m", "pytest", *folders, *rest]))
     return steps
+
+
+def _all(existing: frozenset[str]) -> list[tuple[str, list[str]]]:
+    folders = [f"tests/{part}" for part in COMPUTING if part in existing]
+    others = [f"--ignore={folder}" for folder in folders]
+    steps = [(" ".join(["pytest", *folders]), ["-m", "pytest", *SHARED, *folders])] if folders else []
+    return [*steps, (" ".join(["pytest", *others]), ["-m", "pytest", *others])]
 
 
 def test(options: argparse.Namespace) -> int:

@@ -264,7 +264,7 @@ def _test(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "rest",
         nargs=argparse.REMAINDER,
-        metavar="[lint|unit|contracts|integration|e2e] …",
+        metavar="[lint|unit|contracts|simulator|integration|e2e] …",
         help="one part only (all of them); what follows goes to pytest",
     )
 

@@ -15,6 +15,7 @@ from aiohttp import web
 from services.gateway.answers import answer_steps, encode, json_answer, read_json_body
 from services.gateway.openai import bad, decode_json
 from services.gateway.service import Gateway
+from shared.bus import Unserved
 from shared.contracts.placement import Delete, Deploy, Deployed
 from shared.contracts.records import DeploymentRecord, DeploymentSpec
 from shared.contracts.residency import Progress, Source
@@ -24,6 +25,7 @@ from shared.slug import check_name
 from shared.subjects import DELETE, DEPLOY
 
 POLL_S: Final = 1.0
+AGAIN_S: Final = 0.5  # between two calls to a scheduler that is away
 AWAY_S: Final = 10.0  # a scheduler that restarts is back within this
 WRITABLE: Final = ("s3://", "gs://", "az://", "file://")
 OBJECT_STORES: Final = (*WRITABLE[:3], "https://", "http://", "file://")
@@ -159,7 +161,7 @@ class Admin:
                 away_since = now if away_since is None else away_since
                 if error.failure.code is not Code.UNAVAILABLE or now - away_since > AWAY_S:
                     raise
-                await asyncio.sleep(0.5)
+                await asyncio.sleep(AGAIN_S)
                 continue
             away_since = None
             if isinstance(step, Deployed):
@@ -185,9 +187,27 @@ class Admin:
     async def delete(self, request: web.Request) -> web.Response:
         """Remove a deployment."""
         name = check_name(request.match_info["name"])
-        await self._gateway.bus.call(DELETE, Delete(deployment=name))
+        await self._delete(name)
         await self._gateway.look()
         return json_answer(encode(Deleted(name)))
+
+    async def _delete(self, name: str) -> None:
+        away_since: float | None = None
+        heard = False
+        while True:
+            try:
+                await self._gateway.bus.call(DELETE, Delete(deployment=name))
+                return
+            except HearthError as error:
+                now, code = time.monotonic(), error.failure.code
+                if heard and code is Code.UNKNOWN_MODEL:
+                    return  # whoever did not answer has done it
+                away_since = now if away_since is None else away_since
+                if code is not Code.UNAVAILABLE or now - away_since > AWAY_S:
+                    raise
+                # The bus says that no answer came, though somebody was there: perhaps it is being done.
+                heard = heard or (error.__cause__ is not None and not isinstance(error, Unserved))
+            await asyncio.sleep(AGAIN_S)
 
     async def cluster(self, _: web.Request) -> web.Response:
         """Everything that the registry and the queues say."""

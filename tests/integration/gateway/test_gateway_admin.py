@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -108,6 +109,33 @@ async def test_deploy_list_get_delete(nats_url: str, redis_url: str, prefix: str
             assert response.status == 404
         async with it.http.delete(it.url + "/v1/admin/deployments/nobody") as response:
             assert response.status == 404
+
+
+async def test_a_deletion_outlives_a_leader(
+    nats_url: str, redis_url: str, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.gateway.admin.DELETE", dataclasses.replace(DELETE, timeout_s=0.3))
+    monkeypatch.setattr("services.gateway.admin.AGAIN_S", 0.05)
+    lost = Failure(code=Code.UNAVAILABLE, message="The scheduler has lost the registry (Redis).")
+    unknown = Failure(code=Code.UNKNOWN_MODEL, message="There is no deployment.")
+    asked: list[str] = []
+
+    def delete(message: Delete, reply: Reply[Done]) -> None:
+        asked.append(message.deployment)
+        answers = {"paused": [lost, Done()], "stopped": [None, unknown], "unknown": [lost, unknown]}
+        answer = answers[message.deployment][asked.count(message.deployment) - 1]
+        if answer is not None:  # or it was carried out, and whoever did it has died
+            reply(answer)
+
+    async with cluster(nats_url, redis_url, prefix) as it:
+        await it.bus.serve(DELETE, delete)
+        await it.bus.flush()
+        found = {}
+        for name in ("paused", "stopped", "unknown"):
+            async with it.http.delete(f"{it.url}/v1/admin/deployments/{name}") as response:
+                found[name] = response.status
+        assert found == {"paused": 200, "stopped": 200, "unknown": 404}
+        assert len(asked) == 6
 
 
 async def test_many_looks_at_once_while_deployments_come_and_go(nats_url: str, redis_url: str, prefix: str) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from services.cli.checks import LINTERS, plan
+from services.cli.checks import LINTERS, SHARED, plan
 
 EXISTING = frozenset({"unit", "contracts", "integration"})
 
 
 def test_everything_by_default() -> None:
     steps = plan([], EXISTING)
-    assert steps[:-1] == list(LINTERS)
-    assert steps[-1][1] == ["-m", "pytest"]
+    assert steps[: len(LINTERS)] == list(LINTERS)
+    computing, others = (step for _, step in steps[len(LINTERS) :])
+    assert computing == ["-m", "pytest", *SHARED, "tests/unit", "tests/contracts"]
+    assert others == ["-m", "pytest", "--ignore=tests/unit", "--ignore=tests/contracts"], "what is new is among these"
 
 
 @pytest.mark.parametrize(
