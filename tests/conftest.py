@@ -34,7 +34,7 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays; every collection of garbage (an engine asks for one at its end) would look at all of it."""
+    """What was imported stays: no collection of garbage (an engine asks for one at its end) need look at it again."""
     gc.collect()
     gc.freeze()
 
