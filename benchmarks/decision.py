@@ -8,7 +8,8 @@ are taken and half of the replicas idle; `saturated`, where everything runs a re
 of some workers and servers change, as they do in a second of a busy cluster; writing them into the columns is part of
 the time. What is timed is `decide` alone, with the production estimator, for deployments drawn at random: the seconds
 of the processor, as a decision waits for nothing, and for comparison those of the clock, which on a machine that does
-other things at the same time are more.
+other things at the same time are more. A second table has the same for the whole of `Core.handle` of a hint of demand
+(`benchmarks.handling`).
 """
 
 from __future__ import annotations
@@ -195,8 +196,31 @@ def measure(shape: tuple[int, int, int], state: str, decisions: int, seed: int, 
     }  # fmt: skip
 
 
+def _show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    show(
+        title,
+        ("cluster", "deployments", "state", "median", "P99", "most", "clock: median", "P99", "outcomes"),
+        [
+            (
+                f"{one['servers']} × {one['devices'] // one['servers']}",
+                str(one["deployments"]),
+                one["state"],
+                f"{one['median_ms']:.2f} ms",
+                f"{one['p99_ms']:.2f} ms",
+                f"{one['most_ms']:.2f} ms",
+                f"{one['wall_median_ms']:.2f} ms",
+                f"{one['wall_p99_ms']:.2f} ms",
+                ", ".join(f"{count} {name}" for name, count in sorted(one["outcomes"].items())),
+            )
+            for one in rows
+        ],
+    )
+
+
 def main() -> None:
     """Measure all shapes and states."""
+    from benchmarks.handling import measure_handling  # which builds on this module
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--decisions", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
@@ -208,25 +232,14 @@ def main() -> None:
         for shape in SHAPES
         for state in STATES
     ]
-    show(
-        "A decision",
-        ("cluster", "deployments", "state", "median", "P99", "most", "clock: median", "outcomes"),
-        [
-            (
-                f"{one['servers']} × {one['devices'] // one['servers']}",
-                str(one["deployments"]),
-                one["state"],
-                f"{one['median_ms']:.2f} ms",
-                f"{one['p99_ms']:.2f} ms",
-                f"{one['most_ms']:.2f} ms",
-                f"{one['wall_median_ms']:.2f} ms",
-                ", ".join(f"{count} {name}" for name, count in sorted(one["outcomes"].items())),
-            )
-            for one in found
-        ],
-    )
+    _show("A decision", found)
+    whole = [measure_handling(shape, state, given.decisions, given.seed) for shape in SHAPES for state in STATES]
+    _show("A hint of demand, the whole of Core.handle", whole)
     if given.json:
-        write("decision", {"rows": found, "changed_workers": CHANGED_WORKERS, "changed_servers": CHANGED_SERVERS})
+        write(
+            "decision",
+            {"rows": found, "handling": whole, "changed_workers": CHANGED_WORKERS, "changed_servers": CHANGED_SERVERS},
+        )
 
 
 if __name__ == "__main__":
