@@ -65,7 +65,7 @@ def test_a_store_may_die_while_a_stream_runs(cluster: Cluster, models: Models) -
     (replica,) = [one for one in cluster.view()["replicas"] if one["deployment"] == "held"]
     server = replica["server_id"]
     cluster.kill(server, signal.SIGKILL)
-    cluster.processes[server].wait(5)
+    cluster.processes[server].wait(60)
     cluster.start(server)
     raw = answer.read().decode()
     connection.close()

@@ -45,6 +45,7 @@ from shared.subjects import (
     STOP,
 )
 
+PATIENCE_S = 60.0  # the machine may be shared
 MIB = 2**20
 FACTS = Checkpoint(
     checkpoint_id="ck1",
@@ -153,21 +154,31 @@ async def running(nats_url: str, redis_url: str, prefix: str, id: str = "schedul
 
 async def until(condition: Callable[[], bool], what: str) -> None:
     """Wait for something that must come."""
-    for _ in range(1000):
-        if condition():
-            return
+    until_s = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < until_s, f"no {what} within {PATIENCE_S:.0f} s"
         await asyncio.sleep(0.01)
-    raise AssertionError(f"no {what} within 10 s")
+
+
+async def hinted(bus: Bus, deployment: str, condition: Callable[[], bool], what: str) -> None:
+    """Wait for what a hint brings, hinting again: the first may be heard before what was shown just before it."""
+    until_s = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < until_s, f"no {what} within {PATIENCE_S:.0f} s"
+        bus.publish(DEMAND, Demand(deployment=deployment))
+        again_s = time.monotonic() + 1.0
+        while not condition() and time.monotonic() < again_s:
+            await asyncio.sleep(0.01)
 
 
 async def until_ready(registry: Registry, id: str = "scheduler-1") -> None:
     """Wait for the scheduler's own word that it leads."""
-    for _ in range(1000):
-        record = await registry.get(SchedulerRecord, id)
-        if record is not None and record.phase is Phase.READY and record.term:
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("the scheduler does not become ready")
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            record = await registry.get(SchedulerRecord, id)
+            if record is not None and record.phase is Phase.READY and record.term:
+                return
+            await asyncio.sleep(0.01)
 
 
 def spec(**fields: object) -> DeploymentSpec:
@@ -217,10 +228,9 @@ async def test_deploy_hint_load(bus: Bus, registry: Registry, machine: Machine, 
     assert (record.state, record.checkpoint, record.slug) == (DeploymentState.READY, FACTS, slug("demo/m"))
     assert await registry.get(DeploymentRecord, "demo/m") == record
     latencies_ms: list[float] = []
-    for n in range(10):
+    for n in range(5):
         sent_at = time.monotonic()
-        bus.publish(DEMAND, Demand(deployment="demo/m"))
-        await until(lambda n=n: len(machine.loads) > n, "load")  # type: ignore[misc]
+        await hinted(bus, "demo/m", lambda n=n: len(machine.loads) > n, "load")  # type: ignore[misc]
         at, message = machine.loads[-1]
         latencies_ms.append((at - sent_at) * 1000)
         assert (message.deployment, message.checkpoint, message.slug) == ("demo/m", FACTS, record.slug)
@@ -231,7 +241,7 @@ async def test_deploy_hint_load(bus: Bus, registry: Registry, machine: Machine, 
         await machine.gone(message.replica_id)
         await asyncio.sleep(0.45)
     latencies_ms.sort()
-    print(f"hint → LOAD at the worker: median {latencies_ms[5]:.2f} ms, most {latencies_ms[-1]:.2f} ms")
+    print(f"hint → LOAD at the worker: median {latencies_ms[2]:.2f} ms, most {latencies_ms[-1]:.2f} ms")
 
 
 async def test_waiting_requests_are_seen_without_a_hint(bus: Bus, machine: Machine, scheduler: Running) -> None:
@@ -257,8 +267,7 @@ async def test_eviction_is_followed_by_the_load(bus: Bus, machine: Machine, sche
     await until(lambda: len(machine.loads) == 1, "load")
     await machine.shows(machine.loads[0][1], ReplicaState.READY)
     await asyncio.sleep(1.2)
-    bus.publish(DEMAND, Demand(deployment="demo/m"))
-    await until(lambda: len(machine.stops) == 1, "eviction")
+    await hinted(bus, "demo/m", lambda: len(machine.stops) == 1, "eviction")
     assert machine.stops[0].replica_id == machine.loads[0][1].replica_id
     bus.publish(DEMAND, Demand(deployment="demo/m"))
     await machine.gone(machine.stops[0].replica_id)
@@ -347,6 +356,11 @@ async def test_a_second_scheduler_waits_for_its_turn(
     async with running(nats_url, redis_url, prefix, "scheduler-1") as first:
         await until_ready(registry)
         async with running(nats_url, redis_url, prefix, "scheduler-0"):
+            async with asyncio.timeout(PATIENCE_S):
+                while (record := await registry.get(SchedulerRecord, "scheduler-0")) is None or (
+                    record.phase is not Phase.READY
+                ):
+                    await asyncio.sleep(0.01)
             await asyncio.sleep(0.6)
             record = await registry.get(SchedulerRecord, "scheduler-0")
             assert record is not None

@@ -70,7 +70,7 @@ async def running(core: Echo, said: list[str]) -> AsyncIterator[Driver[str, Say 
 
 
 async def settled(said: list[str], count: int) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while len(said) < count:
             await asyncio.sleep(0)
 
