@@ -96,13 +96,26 @@ class _Commanded:
 
 
 @dataclass(slots=True)
+class _Usual:
+    """What work takes by itself. Where it never was by itself (`alone`) yet, the best guess at that."""
+
+    level: Level = field(default_factory=Level)
+    alone: bool = False
+
+    @property
+    def value(self) -> float | None:
+        """Seconds; None before the first figure."""
+        return self.level.value
+
+
+@dataclass(slots=True)
 class _Attaching:
     """Of one checkpoint on one kind of device, seconds: `whole` of the work, from DRAM; `work` (on devices with memory
     of their own) all but the copies, which follow the bytes as they come; `rest`: after the last byte."""
 
-    whole: Level = field(default_factory=Level)
-    work: Level = field(default_factory=Level)
-    rest: Level = field(default_factory=Level)
+    whole: _Usual = field(default_factory=_Usual)
+    work: _Usual = field(default_factory=_Usual)
+    rest: _Usual = field(default_factory=_Usual)
 
 
 @dataclass(slots=True)
@@ -137,6 +150,7 @@ class Estimator:
         self._common = {tier: Fit(line, SCALE_BYTES) for tier, line in self._shared.items()}
         self._attaching: collections.OrderedDict[tuple[str, str], _Attaching] = collections.OrderedDict()
         self._attach_fits: dict[str, Fit] = {}
+        self._fits_alone: dict[str, None] = {}  # kinds of device of which loads beside nobody are known
         self._rests: dict[str, Level] = {}
         self._stop = Level(self.priors.stop_s)
         self._deployments: dict[str, _Deployment] = {}
@@ -469,7 +483,7 @@ class Estimator:
         known = self._attaching.get((kind, report.checkpoint_id)) or self._unknown(kind, report.weight_bytes)
         _put(self._attaching, (kind, report.checkpoint_id), known)
         if not moved:
-            self._work_took(known.whole, report, others, "whole", report.attach_s, self._attach_fit(kind))
+            self._work_took(known.whole, report, others, "whole", report.attach_s)
             return
         work_s = max(report.work_s, report.attach_s)
         self._work_took(known.work, report, others, "work", work_s)
@@ -478,24 +492,30 @@ class Estimator:
             if work_s > 0 and (others == 0 or kind not in self._rests):
                 self._rests.setdefault(kind, Level()).learn(report.attach_s / work_s)
         elif known.rest.value is not None and report.attach_s < known.rest.value:
-            known.rest = Level(report.attach_s)  # what is left after the last byte is never less than the rest
+            known.rest.level = Level(report.attach_s)  # what is left after the last byte is never less than the rest
 
     def _unknown(self, kind: str, weight_bytes: int) -> _Attaching:
         """What is believed of a checkpoint before its first load: what others have shown counts as a figure."""
         fit = self._attach_fits.get(kind)
         known = fit is not None and fit.points >= KNOWN_LOADS
-        return _Attaching(Level(fit.line.at(weight_bytes))) if fit is not None and known else _Attaching()
+        return _Attaching(_Usual(Level(fit.line.at(weight_bytes)), alone=True)) if fit and known else _Attaching()
 
-    def _work_took(
-        self, known: Level, report: ReplicaLoaded, others: int, part: str, took_s: float, fit: Fit | None = None
-    ) -> None:
+    def _work_took(self, known: _Usual, report: ReplicaLoaded, others: int, part: str, took_s: float) -> None:
         """A part of a worker's work took so long. What it takes by itself is learnt where it was by itself."""
-        slow = self._slow.learn(report.server_id, others, part, took_s, known.value)
-        of_kind = self._attach_fits.get(_kind(report.device))
-        if others == 0 or (known.value is None and (of_kind is None or of_kind.points < KNOWN_LOADS)):
-            known.learn(took_s / slow)
-        if fit is not None and (others == 0 or not fit.points):
-            fit.learn(report.weight_bytes, took_s / slow)
+        took_s /= self._slow.learn(report.server_id, others, part, took_s, known.value)
+        alone = others == 0
+        if alone and not known.alone:
+            known.level, known.alone = Level(), True
+        if alone or not known.alone:
+            known.level.learn(took_s)
+        kind = _kind(report.device)
+        if part != "whole":
+            return
+        if alone and kind not in self._fits_alone:
+            self._fits_alone[kind] = None
+            self._attach_fits.pop(kind, None)
+        if alone or kind not in self._fits_alone:
+            self._attach_fit(kind).learn(report.weight_bytes, took_s)
 
     def _work_s(self, kind: str, key: str, weight_bytes: int) -> float:
         """All of the worker's work while bytes arrive."""

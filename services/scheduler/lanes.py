@@ -30,18 +30,26 @@ class Promise:
 
 @dataclass(slots=True)
 class Lanes:
-    """The lanes of one server. Lane "ssd" and lane "import" map checkpoint id → bytes to move, in order."""
+    """The lanes of one server. Lane "ssd" and lane "import" map checkpoint id → bytes to move, in order; `tiers` has
+    from where those come that were commanded here."""
 
     said_at: float = 0.0
     queues: dict[str, dict[str, int]] = field(default_factory=dict)
     arriving: dict[str, int] = field(default_factory=dict)
     promises: dict[str, Promise] = field(default_factory=dict)
+    tiers: dict[str, str] = field(default_factory=dict)
 
     def said(self, record: ServerRecord, now: float) -> None:
         """What the store says now."""
         self.said_at = now
         self.queues = {"ssd": record.ssd_queue, "import": record.import_queue}
         self.arriving = record.dram_arriving
+        if self.tiers:
+            expected = {one.key for one in self.promises.values()}
+            lanes = (record.ssd_queue, record.import_queue)
+            self.tiers = {
+                key: tier for key, tier in self.tiers.items() if key in expected or any(key in queue for queue in lanes)
+            }
         if not self.promises:
             return
         for id, one in list(self.promises.items()):
@@ -55,6 +63,8 @@ class Lanes:
         self.promises = {id: one for id, one in self.promises.items() if now - one.at <= PROMISE_S or one.seen}
         shown = any(key in queue for queue in self.queues.values())
         self.promises[replica_id] = Promise(key, size_bytes, tier, now, seen=shown)
+        if key:
+            self.tiers[key] = tier
 
     def ahead(self, lane: str, now: float, key: str = "") -> tuple[dict[str, int], list[Promise]]:
         """What this lane has yet to move before a new load begins: bytes by checkpoint, by the store's last word, and
@@ -74,7 +84,7 @@ class Lanes:
 
     def tier_of(self, key: str, default: str) -> str:
         """From where a checkpoint in a lane comes, as it was commanded."""
-        return next((one.tier for one in self.promises.values() if one.key == key), default)
+        return self.tiers.get(key, default)
 
 
 def lane_of(tier: str) -> str:

@@ -8,6 +8,7 @@ from services.scheduler.crowd import Crowd, Slowdown
 from services.scheduler.estimate import Estimator
 from services.scheduler.events import CommandLoad, RecordHinted
 from shared.contracts.records import ReplicaState
+from shared.contracts.residency import Progress
 from tests.unit.scheduler.desk import small
 from tests.unit.scheduler.test_estimate import GIB, MIB, load, replica, server
 
@@ -117,3 +118,25 @@ def test_a_load_that_is_lost_with_its_worker_is_at_work_no_longer() -> None:
     assert it.core.estimator.crowd.others("a") == 1
     it.tell(RecordHinted("worker", load.worker_id, deleted=True))
     assert it.core.estimator.crowd.others("a") == 0
+
+
+def test_what_was_only_seen_beside_others_is_a_guess_until_it_is_seen_by_itself() -> None:
+    estimator = Estimator()
+    estimator.replica_said(replica("busy", running=1), 0.0)
+    for number in range(4):
+        estimator.promised("s1", f"r{number}", 0, "dram", 0.0, "c1")
+        estimator.loaded(load("dram", attach_s=0.4, replica_id=f"r{number}"), 0.1)
+    assert attach_s(estimator) == pytest.approx(0.4, rel=0.1)
+    estimator.settled("busy")
+    estimator.loaded(load("dram", attach_s=0.1), 0.2)
+    assert attach_s(estimator) == pytest.approx(0.1, rel=0.1)
+
+
+def test_what_arrives_from_a_peer_is_not_taken_to_come_from_the_source() -> None:
+    estimator = Estimator()
+    estimator.promised("s1", "r1", 10**9, "peer", 0.0, "c1")
+    estimator.server_said(server(import_queue={"c1": 10**9}), 0.1)
+    attaching = replica("r1", state=ReplicaState.LOADING, load=Progress(phase="attaching"))
+    estimator.replica_said(attaching, 0.1)
+    estimator.server_said(server(import_queue={"c1": 10**9}), 0.2)
+    assert estimator.beside_s("s1", "ssd", 0.2) == pytest.approx(10**9 / estimator.bandwidth("s1", "peer"), rel=0.1)
