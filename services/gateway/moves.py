@@ -398,8 +398,9 @@ def _unanswered(error: HearthError) -> bool:
 
 
 def _away(error: HearthError) -> bool:
-    """Whether somebody who is being restarted did not answer, or said so."""
-    return error.failure.code is Code.DRAINING or _unanswered(error)
+    """Whether somebody who is being restarted, or is about to lead, did not answer or said so (when to ask again)."""
+    soon = error.failure.code is Code.UNAVAILABLE and error.failure.retry_after_s is not None
+    return soon or error.failure.code is Code.DRAINING or _unanswered(error)
 
 
 def _named(error: HearthError, who: str) -> HearthError:

@@ -85,6 +85,7 @@ from shared.errors import Code, Failure
 # What fits nowhere costs a close look each time; so many are looked at within one event, the others a moment later.
 MOST_TRIES: Final = 4
 LATER_S: Final = 0.02
+STARTING: Final = Failure(code=Code.UNAVAILABLE, message="The scheduler is starting.", retry_after_s=1.0)
 EXPLAINED_S: Final = 5.0  # why somebody waits is worked out in full so often
 
 
@@ -206,7 +207,7 @@ class Core:
             case QueuesUnensured():
                 self.looks.queues_unensured(event.failure, now, out)
             case DeployAsked() | DeleteAsked() | MoveAsked() if not self._oriented:
-                out.append(Answer(event.reply, Failure(code=Code.UNAVAILABLE, message="The scheduler is starting.")))
+                out.append(Answer(event.reply, STARTING))
             case DeployAsked():
                 self.health.forgive(event.spec.name)
                 self.deployments.deploy(event, now, out)

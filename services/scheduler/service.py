@@ -123,6 +123,8 @@ RECORDS: dict[str, type[ServerRecord] | type[WorkerRecord] | type[ReplicaRecord]
 # and the same load elsewhere would then be one more. Where nobody serves the subject there is nobody to wait for.
 LOAD_TRIES: Final = 3
 
+# What was asked while the lease is lost: it, or who leads next, does it when it is asked again.
+HELD: Final = Failure(code=Code.UNAVAILABLE, message="The scheduler has lost the registry (Redis).", retry_after_s=1.0)
 # What was read while the lease was lost, or just before: records may have expired, and nobody has written them again.
 AWAY = Failure(code=Code.UNAVAILABLE, message="The registry was away while it was read.")
 
@@ -326,7 +328,7 @@ class Service:
 
     def _asked(self, event: DeployAsked | DeleteAsked | MoveAsked | ExplainAsked) -> None:
         if self._held:
-            event.reply(Failure(code=Code.UNAVAILABLE, message="The scheduler has lost the registry (Redis)."))
+            event.reply(HELD)
         else:
             self.driver.post(event)
 

@@ -314,8 +314,11 @@ async def test_a_move_outlives_a_restart_of_the_scheduler(
         scheduler = await Scheduler(it, [Moving(phase="loading")]).start()
         async with it.post(f"{REQUESTS}/a/migrate", None, headers=LINES) as response:
             await response.content.readline()
-            scheduler.answers = [Failure(code=Code.DRAINING, message="The scheduler is shutting down.")]
-            await asyncio.sleep(0.3)
+            scheduler.answers = [
+                Failure(code=Code.DRAINING, message="The scheduler is shutting down."),
+                Failure(code=Code.UNAVAILABLE, message="The scheduler is starting.", retry_after_s=1.0),
+            ]
+            await until(lambda: len(scheduler.answers) == 1 and len(scheduler.asked) >= 4)
             await scheduler.stop()
             await asyncio.sleep(0.3)
             scheduler.answers = [Moved(ended=(ended(),))]
