@@ -39,7 +39,7 @@ TEXTS: Final = {
     "estimates": """\
 **Measured** (`python -m benchmarks.placement --only estimates`): {loads} loads of models of {sizes} on two servers
 with two workers each, everything on one machine with {cores} cores and one disk, in random order; load average
-{load_average:.0f} at the end (the machine was shared with other work). Errors are
+{load_average:.0f} at the end. Errors are
 |estimate − startup| / startup. *Of its likes*: how far loads that did not wait were from the median of all others of
 the same model from the same tier, which is what even somebody would be off who knew everything but what else the
 machine does.""",
