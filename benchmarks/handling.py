@@ -46,7 +46,7 @@ BETWEEN_S: Final = 0.01
 
 
 def measure_handling(shape: tuple[int, int, int], state: str, hints: int, seed: int) -> dict[str, Any]:
-    """Milliseconds per hint, and what came of them."""
+    """Milliseconds per hint, and what came of them; `neither` loads nor stops: something begins to move, or it waits."""
     core, view = Core(Rules(), instance="b"), _view(shape, state, seed)
     dice, now = random.Random(seed), 1000.0
     core.handle(None, now)
@@ -58,7 +58,7 @@ def measure_handling(shape: tuple[int, int, int], state: str, hints: int, seed: 
     busy = dict.fromkeys(one.deployment for one in view.replicas)
     asked = [one.spec.name for one in view.deployments if one.spec.name not in busy]
     dice.shuffle(asked)
-    took, wall, outcomes = list[float](), list[float](), {"loads": 0, "stops": 0, "waiting": 0}
+    took, wall, outcomes = list[float](), list[float](), {"loads": 0, "stops": 0, "neither": 0}
     for name in asked[:hints]:
         now += BETWEEN_S
         began, began_wall = time.thread_time(), time.perf_counter()
@@ -69,7 +69,7 @@ def measure_handling(shape: tuple[int, int, int], state: str, hints: int, seed: 
         stops = sum(isinstance(one, CommandStop) for one in out)
         outcomes["loads"] += loads
         outcomes["stops"] += stops
-        outcomes["waiting"] += not loads and not stops
+        outcomes["neither"] += not loads and not stops
         _carry_out(core, out, now)
         for id in dice.sample(list(core.cluster.replicas), min(CHANGED_WORKERS, len(core.cluster.replicas))):
             known = core.cluster.replicas[id]
