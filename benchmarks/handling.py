@@ -46,7 +46,7 @@ BETWEEN_S: Final = 0.01
 
 
 def measure_handling(shape: tuple[int, int, int], state: str, hints: int, seed: int) -> dict[str, Any]:
-    """Milliseconds per hint, and what came of them; `neither` loads nor stops: something begins to move, or it waits."""
+    """Milliseconds per hint, and what came of them; `neither`: something moves, or it waits."""
     core, view = Core(Rules(), instance="b"), _view(shape, state, seed)
     dice, now = random.Random(seed), 1000.0
     core.handle(None, now)
