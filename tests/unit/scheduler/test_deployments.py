@@ -99,7 +99,7 @@ def test_a_long_poll_is_answered_with_the_progress(desk: Desk) -> None:
 def test_the_same_again_looks_at_the_source_again_and_changes_nothing(desk: Desk) -> None:
     ready(desk)
     before = desk.deployments["m"]
-    desk.servers["a"] = picture.server("a", ssd_free=1000, ssd={"ck-m": 100})
+    desk.servers["a"] = picture.server("a", ssd_free=1000, ssd={"ck-m": 100}, dram={"ck-m": 100})
     desk.wait(1.1)
     again = desk.deploy(picture.spec("m"))
     assert desk.imported(picture.checkpoint()).server_id == "a"  # which has the checkpoint, not the most room
