@@ -326,7 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{error}", file=sys.stderr)
         return 1
     took_s = time.monotonic() - began
-    text += f"\n\n`python -m simulator.experiments {chosen.experiment}`: {len(bench.runs)} runs, {scale.seeds} seeds,"
+    text += f"\n\n`{_command(chosen)}`: {len(bench.runs)} runs, {scale.seeds} seeds,"
     text += f" digest `{digest(bench.runs)}`, {took_s / 60:.0f} min."
     print(text)
     if chosen.json:
@@ -336,6 +336,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen.into.write_text(put(document, f"experiment {chosen.experiment}", text), encoding="utf-8")
         print(f"written: {chosen.into}", file=sys.stderr)
     return 0
+
+
+def _command(chosen: argparse.Namespace) -> str:
+    """What somebody types to see the same."""
+    words = ["python -m simulator.experiments", chosen.experiment, *(["--quick"] if chosen.quick else [])]
+    words += [f"--{name} {value}" for name in ("seeds", "rates") if (value := getattr(chosen, name))]
+    return " ".join([*words, *([f"--duration {chosen.duration:g}"] if chosen.duration else [])])
 
 
 def _entry(run: Run) -> dict[str, Any]:
