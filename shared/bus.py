@@ -38,6 +38,7 @@ Q = TypeVar("Q")
 R = TypeVar("R")
 
 OUTBOX_LIMIT: Final = 100_000
+CONFIRM_S: Final = 1.0  # after which a flush asks again: question or answer may be lost with a connection
 # A server drops pull requests silently when the consumer does not exist (yet): ask anew rather often.
 PULL_EXPIRES_S: Final = 4.0
 PULL_GRACE_S: Final = 1.0
@@ -532,22 +533,30 @@ class Bus:
         self._idle.clear()
         self._wake.set()
 
-    async def flush(self) -> None:
-        """Everything published has reached the server, and every subscription exists there.
+    async def flush(self, within_s: float = 5.0) -> None:
+        """Everything published has reached the server (or was lost with a connection), and every subscription is there.
 
-        Raises `HearthError` (unavailable) if the server does not confirm within 5 s.
+        Raises `HearthError` (unavailable) if the server has not confirmed that within `within_s` seconds.
         """
         try:
-            async with asyncio.timeout(5.0):
+            async with asyncio.timeout(within_s):
                 await self._idle.wait()
-                # Not the client's own `flush`: its PING goes straight to the socket, past subscriptions that still wait
-                # for the client's flusher. A request goes behind them, and the server at once says that nobody serves
-                # it; it takes the commands of a connection in order.
-                await self._request(self.inbox(), b"", 5.0)
-        except nats.errors.NoRespondersError:
-            return
+                while not await self._confirmed():
+                    pass  # what is lost with a connection is not confirmed by the next one
         except (TimeoutError, nats.errors.Error) as error:
             raise HearthError(Code.UNAVAILABLE, "NATS does not answer.") from error
+
+    async def _confirmed(self) -> bool:
+        # Not the client's own `flush`: its PING goes straight to the socket, past subscriptions that still wait for the
+        # client's flusher. A request goes behind them, and the server at once says that nobody serves it; it takes the
+        # commands of a connection in order.
+        try:
+            await self._request(self.inbox(), b"", CONFIRM_S)
+        except nats.errors.NoRespondersError:
+            return True
+        except (TimeoutError, nats.errors.TimeoutError):
+            pass
+        return False
 
     async def _write(self) -> None:
         while not self.closing:

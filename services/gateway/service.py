@@ -134,7 +134,7 @@ class Gateway:
         await self.bus.subscribe(RECORD_CHANGED, self._record_changed, kind=record_kind(DeploymentRecord))
         self.bus.on_disconnect(self._disconnected)
         self.bus.on_reconnect(self._reconnected)
-        await self.bus.flush()
+        await self.bus.flush(within_s=self.settings.start_wait_s)
         self.subscribed = True
 
     async def run(self) -> None:

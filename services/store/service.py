@@ -87,7 +87,7 @@ class StoreService:
             await bus.subscribe(RELEASE, lambda message: post(e.ReleaseAsked(message)), **ids),
             await bus.subscribe(CONSUMED, lambda message: post(e.ConsumedHeard(message)), **ids),
         ]
-        await bus.flush()
+        await bus.flush(within_s=context.settings.start_wait_s)
 
     async def drain(self) -> None:
         """Take nothing new and tell those who wait."""

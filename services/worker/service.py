@@ -267,7 +267,7 @@ class WorkerShell:
             await bus.subscribe(RECORD_CHANGED, self._server_changed, kind=record_kind(ServerRecord))
             bus.on_disconnect(lambda: self.driver.post(e.BusLost()))
             bus.on_reconnect(lambda: self.driver.post(e.BusBack()))
-            await bus.flush()
+            await bus.flush(within_s=context.settings.start_wait_s)
             self.driver.post(e.ServerChanged(context.settings.server_id))
             await context.ready()
             await context.stopping.wait()

@@ -37,6 +37,13 @@ class Proxy:
         """Forward again."""
         self._open.set()
 
+    def sever(self) -> None:
+        """Close the connections that there are; what was held back on them is lost."""
+        with self._lock:
+            for one in self._sockets:
+                with contextlib.suppress(OSError):
+                    one.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Close everything."""
         self._closed = True
@@ -44,10 +51,7 @@ class Proxy:
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        with self._lock:
-            for one in self._sockets:
-                with contextlib.suppress(OSError):
-                    one.shutdown(socket.SHUT_RDWR)
+        self.sever()
         self._acceptor.join(5)
 
     def _accept(self) -> None:

@@ -72,7 +72,7 @@ async def test_a_flush_that_nobody_confirms_says_so(nats_url: str) -> None:
         async with Bus.connect(f"nats://127.0.0.1:{cut.port}", name="cut") as bus:
             cut.silence()
             with pytest.raises(HearthError) as refused:
-                await bus.flush()
+                await bus.flush(within_s=1.5)
             assert refused.value.failure.code is Code.UNAVAILABLE
             cut.resume()
             await bus.flush()
@@ -386,3 +386,19 @@ async def test_sweeping_leaves_alone_what_is_handed_out(
         while await bus.queue_depths():
             await asyncio.sleep(0.01)
         await puller.close()
+
+
+async def test_a_flush_outlives_the_connection_on_which_it_began(nats_url: str, prefix: str) -> None:
+    port = nats_url.rpartition(":")[2]
+    with contextlib.closing(Proxy(("127.0.0.1", int(port)))) as cut:
+        async with Bus.connect(f"nats://127.0.0.1:{cut.port}", name="cut", prefix=prefix) as bus:
+            lost = asyncio.Event()
+            bus.on_disconnect(lost.set)
+            cut.silence()
+            async with asyncio.TaskGroup() as tasks:
+                flushing = tasks.create_task(bus.flush(within_s=60.0))
+                await asyncio.sleep(0.1)
+                cut.sever()
+                await lost.wait()
+                assert not flushing.done()
+                cut.resume()

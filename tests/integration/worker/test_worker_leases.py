@@ -189,6 +189,7 @@ async def test_a_replica_is_made_while_its_bytes_arrive_and_the_request_says_wha
         assert store.released == []
         await operator.stop("w1")
         await operator.until_state("r1", None)
+    await store.until(lambda: store.released)
     assert store.released == [store.lease.lease_id]
     phases = []
     while not told.empty():
@@ -227,7 +228,9 @@ async def test_a_load_that_waits_for_bytes_can_be_stopped(
         await store.until(lambda: store.renewals)
         await operator.stop("w1")
         await operator.until_state("r1", None)
-        assert store.released == [store.lease.lease_id]
+        await store.until(lambda: store.released)
+        await store.until(lambda: store.released)
+    assert store.released == [store.lease.lease_id]
 
 
 async def test_bytes_that_will_not_come_fail_the_replica(
@@ -246,6 +249,7 @@ async def test_bytes_that_will_not_come_fail_the_replica(
         async with asyncio.timeout(60):
             failed = await told.get()
         assert failed.failure.code is Code.CHECKPOINT_UNAVAILABLE
+        await store.until(lambda: store.released)
         assert store.released == [store.lease.lease_id]
 
 
