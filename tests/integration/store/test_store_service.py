@@ -348,7 +348,11 @@ async def test_what_nobody_can_repair_is_set_aside_and_imported_anew_when_it_can
         (tmp_path / "away").rename(tmp_path / "m")
         assert (await get_lease(bus, source, id=id)).tier == "remote"
         assert names_in(settings, "checkpoints") == [id]
-        assert names_in(settings, "quarantine") == []
+
+        async def removed() -> bool:
+            return names_in(settings, "quarantine") == []
+
+        await until(removed)
 
 
 async def test_a_lease_on_bytes_that_are_still_arriving(
