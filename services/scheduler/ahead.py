@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final, Protocol, TypeVar
 
+from services.scheduler.view import pool_bytes
 from shared.backoff import delay_s
 from shared.contracts.records import Phase, ServerRecord
 from shared.contracts.residency import Source
@@ -459,13 +460,11 @@ class Ahead:
 
     def _begin(self, options: Sequence[Prefetching], now: float, bytes_per_s: float) -> list[Prefetching]:
         begun: list[Prefetching] = []
-        keys: dict[str, None] = {}
         for one in options:
             if len(self._under_way) >= self.rules.most:
                 break
-            if one.server_id in self._under_way or one.key in keys or self._on_its_way(one.key):
+            if one.server_id in self._under_way or self._on_its_way(one.key):
                 continue
-            keys[one.key] = None
             begun.append(one)
             self.counts.begun += 1
             self._under_way[one.server_id] = _UnderWay(one.key, one.tier, one.weight_bytes, now + self.rules.lost_s)
@@ -498,9 +497,7 @@ def _free_bytes(record: ServerRecord) -> int:
 
 def _missing_bytes(record: ServerRecord, prospect: Prospect) -> int:
     """What has to leave the server's DRAM for it; 0 or less: nothing."""
-    chunk_bytes = max(1, record.chunk_bytes)
-    image_bytes = max(prospect.weight_bytes, record.ssd.get(prospect.key, 0))
-    return -(-image_bytes // chunk_bytes) * chunk_bytes - _free_bytes(record)
+    return pool_bytes(record, prospect.key, prospect.weight_bytes) - _free_bytes(record)
 
 
 def _copy(
