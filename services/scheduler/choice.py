@@ -4,9 +4,10 @@
 
 Candidates → filters (`fits`) → estimate → the least. A server that has set its copy aside as corrupt is asked only if
 nobody else can. Places are looked at closely in the order of their bounds (`bounds`) until no other one could be
-better, `MOST_LOOKS` at most; `making_room` says how those in the way would leave. Equal estimates: the least
-disturbance, the nearest bytes, the emptiest worker, ids. Every candidate that is shown has a reason, chosen or not: a
-decision that cannot be explained is a bug that cannot be found.
+better, `MOST_LOOKS` at most; `making_room` says how those in the way would leave. Whoever runs something is disturbed
+only for what is sooner by a clear margin (`DISTURBED`): estimates are wrong by about as much, and it costs others
+time, too. Equal estimates: the least disturbance, the nearest bytes, the emptiest worker, ids. Every candidate that is
+shown has a reason, chosen or not: a decision that cannot be explained is a bug that cannot be found.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from shared.sizes import duration
 
 __all__ = ["TIERS", "View", "able_servers", "decide", "room_text", "tier_of", "too_large"]
 
+DISTURBED: Final = 1.25  # a start for which somebody who runs has to leave counts so many times
 MOST_SHOWN: Final = 16  # candidates that a decision keeps
 MOST_ELSEWHERE: Final = 12  # deployments for whose replicas other places are looked for, in one decision
 MOST_EXTRA: Final = 8  # places that are looked at, though they cannot be better, to be shown
@@ -230,8 +232,9 @@ class _Search:
             order = plan.key[-1] if plan is not None else 0
         row = view.columns.workers.get(ids[0])
         rank = int(view.columns.workers.ranks()[row]) if row is not None else 0
+        counted_s = candidate.startup.total_s * (DISTURBED if worst > STOP else 1.0)
         key = (
-            int(candidate.quarantined), milliseconds(candidate.startup.total_s), worst, len(room.victims),
+            int(candidate.quarantined), milliseconds(counted_s), worst, len(room.victims),
             plan.tokens if plan is not None else 0, order, rank,
         )  # fmt: skip
         return _Found(key, candidate, worst)
@@ -330,4 +333,7 @@ def _reason(outcome: Outcome, candidates: Sequence[Candidate]) -> str:
     if outcome is Outcome.WAIT:
         return f"There is no place for it now; {on}: {first.refused}."
     once = f", once {room_text(first.room)}" if first.room.victims else ""
-    return f"{on} can have it soonest, in {duration(first.startup.total_s)} from {first.tier}{once}."
+    start_s = first.startup.total_s
+    if any(not one.refused and one.startup.total_s < start_s and not one.quarantined for one in candidates[1:]):
+        return f"{on} can have it in {duration(start_s)} from {first.tier}{once}; disturbing others gains too little."
+    return f"{on} can have it soonest, in {duration(start_s)} from {first.tier}{once}."

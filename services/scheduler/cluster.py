@@ -47,7 +47,8 @@ class Cluster:
     """The picture. `now` is always a monotonic second of the scheduler's own clock.
 
     `needed` are the replicas to which moves are under way; they are not idle, whatever they say. `floors` maps a
-    deployment to the replicas that its moves want it to have. Both are written by `moves` only. `touched_names` are the
+    deployment to the replicas that its moves want it to have. `moving` are the replicas that are being emptied. All
+    three are written by `moves` only. `touched_names` are the
     deployments of which something has changed since `take_touched`, and `releases` are the workers on which something
     may have come free for somebody who waits.
     """
@@ -70,6 +71,7 @@ class Cluster:
         self.ready_at: dict[str, float] = {}
         self.releases = Releases()
         self._needed: frozenset[str] = frozenset()
+        self.moving: frozenset[str] = frozenset()
         self._floors: dict[str, int] = {}
         self._said_at: dict[str, float] = {}
         self._planned_bytes: dict[str, int] = {}

@@ -455,13 +455,15 @@ class Core:
     def _destinations(self, replica: ReplicaRecord, now: float) -> Sequence[tuple[str, str, int]]:
         """Where what runs in a replica could go at once.
 
-        Only if its deployment can do with one replica less: else it would want another one as soon as it has gone.
+        Only if its deployment can do with one replica less, now and for as long as the swap takes to pay: else it would
+        want another one as soon as it has gone.
         """
-        name = replica.deployment
-        if name not in self.cluster.deployments:
+        name, record = replica.deployment, self.cluster.deployments.get(replica.deployment)
+        if record is None:
             return []
         wanted = autoscale.wanted_replicas(self.cluster, name, floor=self.demand.floor(name))
-        if len(self.cluster.serving(name)) <= wanted:
+        enough = len(self.cluster.serving(name)) > wanted
+        if not (enough and self.demand.does_without(self.cluster, replica, self._startup_s(name, record), now)):
             return []
         found = self.moves.destinations(replica, now)
         return [(one.worker_id, one.replica_id, one.free) for one in found if not one.refused and one.free > 0]
@@ -724,7 +726,8 @@ class Core:
         )
         self._spared_until(name, now)
         if decision.chosen is not None:
-            self._startups[name] = decision.chosen.startup.total_s
+            one = decision.chosen  # whose end is awaited is parked if it takes too long
+            self._startups[name] = one.startup.load_s if one.room.waits else one.startup.total_s
         match decision.outcome:
             case Outcome.PLACE:
                 self._deferrals.drop(name)

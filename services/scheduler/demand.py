@@ -11,8 +11,9 @@ from services.scheduler.evictions import Evictions
 from services.scheduler.pressure import Pressure
 from shared.contracts.records import ReplicaRecord
 
-# Loading again what was let go for less would gain nothing.
-LEAST_S: Final = 1.0
+LEAST_S: Final = 5.0  # no prophecy is for less
+PAYS: Final = 3.0  # a replica is given up if it will not be missed for so many of its startups
+SPARE: Final = 2.0  # slots for each request that is expected: they come in bunches
 
 
 class DemandKept:
@@ -50,14 +51,14 @@ class DemandKept:
         """Replicas that the age of its queue asks for, as last worked out."""
         return self._floors.get(name, 0)
 
-    def behind(self, cluster: Cluster, name: str, now: float) -> bool:
-        """Whether more is asked of a deployment than runs."""
-        running = sum(one.running for one in cluster.serving(name))
-        return cluster.outstanding(name) > running or self.pressure.waiting(name, now) > 0
-
-    def quiet(self, name: str, for_s: float, now: float) -> bool:
-        """Whether nothing is likely to be asked of a deployment for so many seconds."""
-        return self.arrivals.next_within(name, max(for_s, LEAST_S), now) < self.evictions.rules.likely
+    def does_without(self, cluster: Cluster, replica: ReplicaRecord, startup_s: float, now: float) -> bool:
+        """Whether the other replicas of a deployment are likely to be enough for a few of its startups: either so many
+        of their slots stay free as twice the requests that are expected, or none is likely to come."""
+        name, for_s = replica.deployment, max(PAYS * startup_s, LEAST_S)
+        slots = sum(one.slots for one in cluster.serving(name) if one.replica_id != replica.replica_id)
+        if slots - cluster.outstanding(name) >= SPARE * self.arrivals.rate(name, now) * for_s:
+            return True
+        return self.arrivals.next_within(name, for_s, now) < self.evictions.rules.likely
 
     def spared_until(
         self, cluster: Cluster, replica: ReplicaRecord, *, for_name: str, load_s: float, now: float

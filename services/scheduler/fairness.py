@@ -103,6 +103,7 @@ class Fairness:
         self._known: dict[str, _Known] = {}
         self._startups_s = 0.0  # the sum over the known
         self._holders: dict[str, _Holder] = {}
+        self._left_at: dict[str, float] = {}  # when deployments lost their last place, until they have one
         self._places = 1
         self._tenure_s = rules.tenure_min_s
         self._low = _Tenures(rules.tenure_min_s)
@@ -123,9 +124,13 @@ class Fairness:
         """This deployment has had no replica and a request waiting since then; whether W was promised to it.
 
         Saying so again costs nothing. `startup_s` is the whole of its startup as estimated, room included; one that is
-        estimated only slightly differently leaves everything as it is.
+        estimated only slightly differently leaves everything as it is. Who had a place until a moment ago, or has one
+        that it is leaving, waits since then, however long one of its requests has waited behind its others.
         """
         known = self._known.get(name)
+        if known is not None and known.held and name not in self._line:
+            self._left_at[name] = now
+        since = max(since, self._left_at.get(name, -math.inf))
         turn_s = startup_s + self.rules.turn_s
         if known is not None and name in self._line:
             known.priority, self._asked = priority, None
@@ -145,6 +150,7 @@ class Fairness:
 
     def satisfied(self, name: str, now: float) -> None:
         """Nobody waits for this deployment any more, or it cannot be served whatever is done."""
+        self._left_at.pop(name, None)
         self._line.drop(name)
         self._forget(name)
         self._suit()
@@ -183,6 +189,8 @@ class Fairness:
         self._low.drop(replica_id)
         self._high.drop(replica_id)
         self._known[holder.name].held -= 1
+        if not self._known[holder.name].held and holder.name not in self._line:
+            self._left_at[holder.name] = now
         self._forget(holder.name)
         self._suit()
 
@@ -247,13 +255,20 @@ class Fairness:
         """Whether a place may go to this one, in line or not, without breaking what was promised to those before it."""
         return self._spare_s(name, now) >= startup_s + self.rules.turn_s + self.rules.tenure_min_s
 
-    def parkable(self, replica_id: str, for_name: str, now: float) -> bool:
-        """Whether this replica may be parked now for that deployment, which is in line."""
-        return self._why(replica_id, for_name, now) != ""
+    def parkable(self, replica_id: str, for_name: str, now: float, *, shares: bool = True) -> bool:
+        """Whether this replica may be parked now for that deployment, which is in line; only because its deployment has
+        others if it `shares`."""
+        why = self._why(replica_id, for_name, now)
+        return why != "" and (shares or why != "shared")
 
     def late(self, replica_id: str, for_name: str, now: float) -> bool:
         """Whether it must be parked now for that deployment to start in time."""
         return self._why(replica_id, for_name, now) == "late"
+
+    def slack_s(self, name: str, now: float) -> float:
+        """Seconds for which nobody need be parked so that this one, and those behind it, start in time, if all turns
+        are equal; infinite for one that is not in line."""
+        return self._slack_s(name, now)[1] if name in self._line else math.inf
 
     def waiting(self, name: str) -> bool:
         """Whether this deployment is in line."""
@@ -374,6 +389,7 @@ class Fairness:
         self, replica_id: str, name: str, priority: int, turn_s: float, ready_at: float | None, from_s: float
     ) -> None:
         known = self._know(name, priority, turn_s)
+        self._left_at.pop(name, None)
         if replica_id not in self._holders:
             known.held += 1
         self._holders[replica_id] = _Holder(name, ready_at)

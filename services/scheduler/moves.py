@@ -362,6 +362,7 @@ class Moves:
         self._cluster.floors = self._wishes.floors(
             move.deployment for move in self._all() if move.drains and move.deployment in self._cluster.deployments
         )
+        self._cluster.moving = frozenset(move.replica_id for move in self._all() if move.whole)
         over, self._over = self._over, []
         return over
 

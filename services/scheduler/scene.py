@@ -214,7 +214,9 @@ class Scene:
         held = cluster.occupant(id)
         leaver = self._leaver(replica)
         current = record is not None and record.revision == replica.revision
-        parkable = self._fairness.parkable(id, self._name, now)
+        # Who has others gives one to whoever has none, but not many for the sake of few.
+        shares = cluster.outstanding(self._name) > replica.running
+        parkable = self._fairness.parkable(id, self._name, now, shares=shares)
         return Tenant(
             replica_id=id,
             deployment=replica.deployment,
@@ -227,7 +229,7 @@ class Scene:
             tokens=replica.context_tokens,
             idle_s=cluster.idle_s(replica, now),
             evictable=leaver is not None and not (leaver.below_min and self._reserve),
-            movable=current and replica.running > 0 and id not in cluster.needed,
+            movable=current and replica.running > 0 and id not in cluster.needed and id not in cluster.moving,
             awaitable=parkable or self._awaitable(replica, now),
             parkable=parkable,
             below_min=leaver.below_min if leaver is not None else False,
@@ -239,17 +241,14 @@ class Scene:
     def _awaitable(self, replica: ReplicaRecord, now: float) -> bool:
         """Whether what runs in a replica may be awaited.
 
-        Whoever is awaited takes nothing new, so a model that is being asked for would be loaded again at once: only
-        after its turn, or, once it has been of use for a while, when nothing more is likely to be asked of it before
-        what runs has ended.
+        Whoever is awaited takes nothing new, so a model that is still asked for has to be loaded again at once, in
+        somebody else's place. And a place that comes free by itself is taken anyway. So nobody is awaited but who has
+        had an equal turn, and would have to be parked before what runs has ended.
         """
-        name, cluster = replica.deployment, self._cluster
-        had_s = now - cluster.ready_at.get(replica.replica_id, now)
-        if had_s >= self._fairness.tenure_s:
-            return True
-        if had_s < self._fairness.rules.tenure_min_s or self._demand.behind(cluster, name, now):
+        had_s = now - self._cluster.ready_at.get(replica.replica_id, now)
+        if had_s < self._fairness.tenure_s:
             return False
-        return self._demand.quiet(name, self._estimator.remaining_s(replica), now)
+        return self._fairness.slack_s(self._name, now) <= self._estimator.remaining_s(replica)
 
     def _leaver(self, replica: ReplicaRecord) -> Victim | None:
         """Whether this idle replica may leave: its deployment can do without it."""

@@ -120,6 +120,10 @@ def test_what_is_being_done_to_make_room_is_told_until_nobody_is_in_the_way() ->
     it.wait(60.0)
     it.queue("m", 1)
     it.hint("m")
+    for _ in range(60):
+        it.wait(1.0)
+        if it.core.cluster.rooms:
+            break
     it.only(CommandStop)
     doing = asked(it, Explain(deployment="m")).doing
     assert doing.startswith("waits for the end of 3 requests of x on a0, expected in ")

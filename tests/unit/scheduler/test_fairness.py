@@ -295,6 +295,40 @@ def test_who_has_several_replicas_gives_one_after_its_tenure_though_nobody_is_la
     assert fairness.counts.shared == 1
 
 
+def test_who_has_several_replicas_gives_none_for_the_sake_of_fewer_than_it_serves() -> None:
+    fairness = Fairness(FairnessRules(start_within_s=60.0, tenure_min_s=5.0, turn_s=0.0))
+    fairness.set_places(2)
+    fairness.ready("a1", "a", 0.0)
+    fairness.ready("a2", "a", 0.0)
+    fairness.wanting("b", 100.0, 0, 4.0, 100.0)
+    assert not fairness.parkable("a1", "b", 100.0, shares=False)
+    urgent_at = fairness.urgent_at("b", 100.0)
+    assert urgent_at is not None
+    assert fairness.parkable("a1", "b", urgent_at, shares=False)  # the bound holds all the same
+
+
+def test_who_has_lost_its_place_stands_at_the_end_however_long_one_of_its_requests_has_waited() -> None:
+    fairness = one_place()
+    fairness.wanting("b", 50.0, 0, 4.0, 50.0)
+    fairness.parked("ra", "a", 66.0)
+    fairness.wanting("a", 20.0, 0, 4.0, 66.0)  # behind those who were parked with it, one waits since then
+    assert fairness.order(["a", "b"], 66.0) == ["b", "a"]
+    fairness.satisfied("a", 67.0)
+    fairness.wanting("a", 20.0, 0, 4.0, 67.0)
+    assert fairness.order(["a", "b"], 67.0) == ["a", "b"]
+
+
+def test_who_leaves_its_place_stands_at_the_end_before_it_has_gone() -> None:
+    fairness = one_place()
+    fairness.wanting("b", 50.0, 0, 4.0, 50.0)
+    fairness.wanting("a", 20.0, 0, 4.0, 60.0)  # "ra" takes nothing new: its end is awaited
+    assert fairness.order(["a", "b"], 60.0) == ["b", "a"]
+    fairness.gone("ra", 66.0)
+    fairness.wanting("a", 20.0, 0, 4.0, 66.0)
+    fairness.wanting("c", 61.0, 0, 4.0, 66.0)
+    assert fairness.order(["a", "b", "c"], 66.0) == ["b", "a", "c"]
+
+
 def test_tenures_are_equal_shares_of_what_the_bound_leaves() -> None:
     fairness = one_place(start_within_s=100.0)
     for name in ("b", "c"):

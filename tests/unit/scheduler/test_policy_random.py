@@ -10,7 +10,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from services.scheduler.choice import decide
+from services.scheduler.choice import DISTURBED, decide
 from services.scheduler.estimate import whereabouts
 from services.scheduler.fits import Fit, fit
 from services.scheduler.terms import Ask, Candidate, Means, Outcome, Startup, Tenant
@@ -184,7 +184,7 @@ def everything(view: FakeView, ask: Ask, others: dict[str, dict[str, Startup]], 
 
 
 @pytest.mark.parametrize("seed", range(150))
-def test_the_decision_is_as_fast_as_the_best(seed: int) -> None:
+def test_the_decision_is_as_fast_as_the_best_and_disturbs_nobody_for_less_than_the_margin(seed: int) -> None:
     view, ask = scene(seed)
     decision = decide(ask, view, NOW)
     others = {
@@ -192,12 +192,15 @@ def test_the_decision_is_as_fast_as_the_best(seed: int) -> None:
         for name, other in view.asks.items()
         if name != ask.need.deployment
     }
-    found = everything(view, ask, others)
+    found = [one.total_s * DISTURBED for one in everything(view, ask, others).values()]
+    # As long as nobody who runs has to go it is not counted so many times.
+    found += [one.total_s for one in everything(view, replace(ask, means=EVICT_ONLY), {}).values()]
     if not found:
         assert decision.chosen is None
         return
     assert decision.chosen is not None
-    assert decision.chosen.startup.total_s == pytest.approx(min(one.total_s for one in found.values()), abs=0.0011)
+    counted = DISTURBED if decision.outcome is Outcome.MAKE_ROOM else 1.0
+    assert decision.chosen.startup.total_s * counted == pytest.approx(min(found), abs=0.0021)
 
 
 def over_two(view: FakeView, ask: Ask) -> Ask:
