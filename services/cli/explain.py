@@ -36,7 +36,7 @@ def explanation(found: Explanation, about: str) -> RenderableType:
     """All that was found, latest first, readable at 80 columns. `about` names what was asked for."""
     parts: list[RenderableType] = []
     if found.doing:
-        parts.append(Text.assemble(("making room: ", "yellow"), found.doing))
+        parts.append(Text.assemble(("now: ", "yellow"), found.doing))
     if found.waiting and not any(one.reason == found.waiting for one in found.decisions[:1]):
         parts.append(Text.assemble(("nothing is placed now: ", "yellow"), found.waiting))
     if not found.decisions:

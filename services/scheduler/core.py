@@ -76,7 +76,7 @@ from services.scheduler.placing import Decide, Placing
 from services.scheduler.rules import Rules
 from services.scheduler.scene import Scene
 from services.scheduler.terms import Decision, Means, Outcome
-from services.scheduler.underway import underway
+from services.scheduler.underway import Underway
 from shared.contracts.migration import MigrationReason
 from shared.contracts.placement import Explain, Explanation, ReplicaLoaded
 from shared.contracts.records import DeploymentRecord, DeploymentState, ReplicaRecord, ReplicaState, ServerRecord
@@ -112,6 +112,7 @@ class Core:
         self.clearing = Clearing(rules, cluster, self.placing, self.fairness, self.moves.begin)
         self.counts = self.placing.counts
         self.decisions = self.placing.decisions
+        self._underway = Underway(cluster, self.clearing, self.fairness, self.decisions, self.estimator.remaining_s)
         self._bound: Bound | None = None
         self._startups: dict[str, float] = {}
         self._oriented = False
@@ -425,15 +426,12 @@ class Core:
     def _explanation(self, message: Explain, now: float) -> Explanation:
         """The shell puts in who speaks."""
         name, errors = message.deployment, self.decisions.errors()
-        room = self.cluster.rooms.get(name)
         return Explanation(
             scheduler_id="",
             term=0,
             decisions=self.decisions.explain(message, now),
             waiting=self.decisions.waiting(name),
-            doing=underway(self.cluster, room, self.clearing.plan(name), self.estimator.remaining_s, now)
-            if room
-            else "",
+            doing=self._underway.told(name, now),
             median_error=errors.median,
             p95_error=errors.p95,
         )

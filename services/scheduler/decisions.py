@@ -148,6 +148,13 @@ class Decisions:
         last = next(reversed(entries.values())).decision if entries else None
         return last.reason if last is not None and last.outcome in NOTHING else ""
 
+    def closed(self, deployment: str) -> frozenset[str]:
+        """Workers that could not take a deployment even if they were empty, as far as its last decision says."""
+        entries = self._of_deployment.get(deployment)
+        last = next(reversed(entries.values())).decision if entries else None
+        never = (one for one in last.candidates if one.never) if last is not None else ()
+        return frozenset(id for one in never for id in one.worker_ids)
+
     def check(self) -> None:
         """Assert every invariant."""
         assert len(self._entries) <= self._limit

@@ -270,6 +270,11 @@ class Fairness:
         are equal; infinite for one that is not in line."""
         return self._slack_s(name, now)[1] if name in self._line else math.inf
 
+    def within_s(self, name: str, now: float) -> float:
+        """Seconds within which this one starts in any case; infinite if that was not promised."""
+        promised = name in self._line and self._known[name].promised
+        return self._line.since(name) + self.rules.start_within_s - now if promised else math.inf
+
     def waiting(self, name: str) -> bool:
         """Whether this deployment is in line."""
         return name in self._line

@@ -175,7 +175,7 @@ class DecisionView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
 class Explanation(msgspec.Struct, frozen=True, kw_only=True, tag="explanation", omit_defaults=True):
     """The decisions that were asked for, latest first. `waiting` says why nothing is placed now ("": nothing waits),
-    `doing` what is being done now to make room for the deployment ("": nothing).
+    `doing` what is being done now so that the deployment gets a place, or what it waits for ("": nothing).
 
     `median_error` and `p95_error` are those of the estimator over its last loads, relative to what they took (None: no
     load yet).

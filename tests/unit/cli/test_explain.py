@@ -101,7 +101,7 @@ def test_waiting_says_since_when_how_often_and_for_what() -> None:
     lines = shown(explanation(told(decision(), waiting="all are busy"), "x"))
     assert lines[0] == "nothing is placed now: all are busy"
     doing = "waits for the end of 3 requests of x on w2, expected in 12 s"
-    assert shown(explanation(told(decision(), doing=doing), "x"))[0] == f"making room: {doing}"
+    assert shown(explanation(told(decision(), doing=doing), "x"))[0] == f"now: {doing}"
 
 
 def test_what_is_under_way_has_failed_or_is_not_known_is_said() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from services.scheduler.books import Room
@@ -20,7 +21,7 @@ from services.scheduler.events import (
 from services.scheduler.fairness import FairnessCounts
 from services.scheduler.figures import Figures, Tally, parks
 from services.scheduler.terms import Candidate, Decision, Outcome, Relocation, RoomPlan, Startup
-from services.scheduler.underway import underway
+from services.scheduler.underway import in_line, underway
 from shared.contracts.placement import Explain, Explanation, ReplicaLoaded
 from shared.contracts.records import ReplicaRecord, ReplicaState
 from shared.errors import Code, Failure
@@ -120,6 +121,11 @@ def test_what_is_being_done_to_make_room_is_told_until_nobody_is_in_the_way() ->
     it.wait(60.0)
     it.queue("m", 1)
     it.hint("m")
+    told = asked(it, Explain(deployment="m")).doing
+    assert told.startswith(
+        "takes the first place that comes free, perhaps after 3 requests of x on a0, expected to end in "
+    )
+    assert told.endswith("; starts within 1 min in any case")
     for _ in range(60):
         it.wait(1.0)
         if it.core.cluster.rooms:
@@ -132,6 +138,23 @@ def test_what_is_being_done_to_make_room_is_told_until_nobody_is_in_the_way() ->
     it.gone(load.message.replica_id)
     assert it.only(CommandLoad).message.deployment == "m"
     assert asked(it, Explain(deployment="m")).doing == ""
+
+
+def test_who_waits_is_told_of_nobody_whose_place_it_could_not_take() -> None:
+    cluster = Cluster(kv_bytes_max=1)
+    for number, running in enumerate((2, 1, 0, 3)):
+        cluster.replicas[f"r{number}"] = ReplicaRecord(
+            replica_id=f"r{number}", worker_id=f"w{number}", server_id="a", deployment=f"d{number}", revision="1",
+            checkpoint_id="c", state=ReplicaState.READY, slots=4, running=running,
+        )  # fmt: skip
+
+    def told(*closed: str) -> str:
+        return in_line(cluster, "d3", frozenset(closed), lambda replica: float(replica.running), math.inf)
+
+    first = "takes the first place that comes free, perhaps after"
+    assert told() == f"{first} 1 request of d1 on w1, expected to end in 1.0 s"
+    assert told("w1") == f"{first} 2 requests of d0 on w0, expected to end in 2.0 s"
+    assert told("w0", "w1") == ""
 
 
 def test_everybody_who_is_in_the_way_is_told_with_how_they_leave() -> None:
