@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
-import time
 from collections.abc import AsyncGenerator
 from typing import Final
 from urllib.parse import urlsplit
@@ -14,6 +12,7 @@ from aiohttp import web
 
 from services.gateway.answers import answer_steps, encode, json_answer, read_json_body
 from services.gateway.openai import bad, decode_json
+from services.gateway.patience import SCHEDULER, Patience, unanswered, unavailable
 from services.gateway.service import Gateway
 from shared.bus import Unserved
 from shared.contracts.placement import Delete, Deploy, Deployed
@@ -25,8 +24,6 @@ from shared.slug import check_name
 from shared.subjects import DELETE, DEPLOY
 
 POLL_S: Final = 1.0
-AGAIN_S: Final = 0.5  # between two calls to a scheduler that is away
-AWAY_S: Final = 10.0  # a scheduler that restarts is back within this
 WRITABLE: Final = ("s3://", "gs://", "az://", "file://")
 OBJECT_STORES: Final = (*WRITABLE[:3], "https://", "http://", "file://")
 MOST_PRIORITY: Final = 100
@@ -152,18 +149,14 @@ class Admin:
         return await answer_steps(request, self._deploy(spec))
 
     async def _deploy(self, spec: DeploymentSpec) -> AsyncGenerator[bytes, None]:
-        away_since: float | None = None
+        patience = Patience(SCHEDULER, unavailable)
         while True:
             try:
                 step = await self._gateway.bus.call(DEPLOY, Deploy(spec=spec, wait_s=POLL_S), extra_s=POLL_S)
             except HearthError as error:
-                now = time.monotonic()
-                away_since = now if away_since is None else away_since
-                if error.failure.code is not Code.UNAVAILABLE or now - away_since > AWAY_S:
-                    raise
-                await asyncio.sleep(AGAIN_S)
+                await patience.bear(error)
                 continue
-            away_since = None
+            patience.heard()
             if isinstance(step, Deployed):
                 await self._gateway.look()
                 yield encode(DeploymentLine(step.record))
@@ -192,22 +185,17 @@ class Admin:
         return json_answer(encode(Deleted(name)))
 
     async def _delete(self, name: str) -> None:
-        away_since: float | None = None
-        heard = False
+        patience, begun = Patience(SCHEDULER, unavailable), False
         while True:
             try:
                 await self._gateway.bus.call(DELETE, Delete(deployment=name))
                 return
             except HearthError as error:
-                now, code = time.monotonic(), error.failure.code
-                if heard and code is Code.UNKNOWN_MODEL:
+                if begun and error.failure.code is Code.UNKNOWN_MODEL:
                     return  # whoever did not answer has done it
-                away_since = now if away_since is None else away_since
-                if code is not Code.UNAVAILABLE or now - away_since > AWAY_S:
-                    raise
-                # The bus says that no answer came, though somebody was there: perhaps it is being done.
-                heard = heard or (error.__cause__ is not None and not isinstance(error, Unserved))
-            await asyncio.sleep(AGAIN_S)
+                # No answer came, though somebody was there: perhaps it is being done.
+                begun = begun or (unanswered(error) and not isinstance(error, Unserved))
+                await patience.bear(error)
 
     async def cluster(self, _: web.Request) -> web.Response:
         """Everything that the registry and the queues say."""

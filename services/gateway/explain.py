@@ -13,6 +13,7 @@ from aiohttp import web
 
 from services.gateway.answers import encode, json_answer
 from services.gateway.openai import bad
+from services.gateway.patience import SCHEDULER, Patience
 from services.gateway.recall import RequestFacts
 from services.gateway.service import Gateway
 from shared.contracts.placement import Explain, Explanation
@@ -20,6 +21,7 @@ from shared.errors import Code, HearthError
 from shared.subjects import EXPLAIN
 
 MOST_DECISIONS: Final = 64
+TAKEOVER_S: Final = 2.5  # after it another scheduler leads, if there is one
 DEFAULT_DECISIONS: Final = 8
 # Of a request that was in very many replicas, those that it began in and those that it came to last are looked up.
 MOST_PLACES: Final = 4
@@ -100,9 +102,9 @@ class Explanations:
         return msgspec.structs.replace(answers[0], decisions=decisions, waiting="", doing="")
 
     async def _ask(self, message: Explain) -> Explanation:
-        try:
-            return await self._gateway.bus.call(EXPLAIN, message)
-        except HearthError as error:
-            if error.failure.code is Code.UNAVAILABLE and error.__cause__ is not None:  # the bus's own words
-                raise HearthError(Code.UNAVAILABLE, "The scheduler does not answer.") from error
-            raise
+        patience = Patience(SCHEDULER, within_s=TAKEOVER_S)
+        while True:
+            try:
+                return await self._gateway.bus.call(EXPLAIN, message)
+            except HearthError as error:
+                await patience.bear(error)

@@ -18,6 +18,7 @@ from aiohttp import web
 
 from services.gateway.answers import answer_steps, encode, json_answer, read_optional_body
 from services.gateway.openai import bad
+from services.gateway.patience import SCHEDULER, Patience, unanswered
 from services.gateway.service import Gateway
 from shared.codec import CodecError
 from shared.contracts.migration import (
@@ -36,7 +37,6 @@ from shared.errors import Code, Failure, HearthError
 from shared.subjects import DRAIN, LIST_REQUESTS, MOVE
 
 POLL_S: Final = 0.5
-AWAY_S: Final = 10.0  # a scheduler or worker that restarts is back within this; the record of a dead worker is gone
 AT_ONCE: Final = 64  # workers that are asked at the same time
 DRAIN_WAIT_S: Final = 300.0
 MOST_WAIT_S: Final = 86_400.0
@@ -236,19 +236,14 @@ class Moves:
             wait_s=POLL_S,
         )
         until = time.monotonic() + self._gateway.settings.request_budget_s
-        begun, away_since = False, 0.0
+        patience = Patience(SCHEDULER)
         while True:
             try:
                 step = await self._gateway.bus.call(MOVE, move, extra_s=POLL_S)
             except HearthError as error:
-                # What has begun is not given up because the scheduler is being restarted.
-                now = time.monotonic()
-                away_since = away_since or now
-                if not begun or not _away(error) or now - away_since > AWAY_S:
-                    raise _named(error, "The scheduler") from error
-                await asyncio.sleep(POLL_S)
+                await patience.bear(error)
                 continue
-            begun, away_since = True, 0.0
+            patience.heard()
             if isinstance(step, Moved):
                 yield encode(MigratedLine(outcome(request_id, step)))
                 return
@@ -363,20 +358,18 @@ class Moves:
 
         await _each(worker_ids, order)
         for worker_id in sorted(refused):
-            raise _named(refused[worker_id], f"Worker {worker_id}")
+            raise refused[worker_id]
 
     async def _order_one(self, worker_id: str, *, on: bool) -> None:
-        until = time.monotonic() + AWAY_S
+        patience = Patience(f"Worker {worker_id}", unanswered)
         while True:
             try:
                 await self._gateway.bus.call(DRAIN, Drain(on=on), worker_id=worker_id)
                 return
             except HearthError as error:
-                if not _unanswered(error) or time.monotonic() > until:
-                    raise
+                await patience.bear(error)
             if on and await self._gateway.registry.get(WorkerRecord, worker_id) is None:
                 return  # it has ended: nothing can be left there
-            await asyncio.sleep(POLL_S)
 
 
 async def _each(worker_ids: Iterable[str], work: Callable[[str], Awaitable[None]]) -> None:
@@ -390,19 +383,3 @@ async def _each(worker_ids: Iterable[str], work: Callable[[str], Awaitable[None]
     async with asyncio.TaskGroup() as tasks:
         for worker_id in worker_ids:
             tasks.create_task(one(worker_id))
-
-
-def _unanswered(error: HearthError) -> bool:
-    """Whether these are the bus's own words: a peer that says it is unavailable has answered."""
-    return error.failure.code is Code.UNAVAILABLE and error.__cause__ is not None
-
-
-def _away(error: HearthError) -> bool:
-    """Whether somebody who is being restarted, or is about to lead, did not answer or said so (when to ask again)."""
-    soon = error.failure.code is Code.UNAVAILABLE and error.failure.retry_after_s is not None
-    return soon or error.failure.code is Code.DRAINING or _unanswered(error)
-
-
-def _named(error: HearthError, who: str) -> HearthError:
-    """The error with the name of who did not answer, instead of a subject's."""
-    return HearthError(Code.UNAVAILABLE, f"{who} does not answer.") if _unanswered(error) else error

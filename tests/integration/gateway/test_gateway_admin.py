@@ -115,7 +115,7 @@ async def test_a_deletion_outlives_a_leader(
     nats_url: str, redis_url: str, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("services.gateway.admin.DELETE", dataclasses.replace(DELETE, timeout_s=0.3))
-    monkeypatch.setattr("services.gateway.admin.AGAIN_S", 0.05)
+    monkeypatch.setattr("services.gateway.patience.AGAIN_S", 0.05)
     lost = Failure(code=Code.UNAVAILABLE, message="The scheduler has lost the registry (Redis).")
     unknown = Failure(code=Code.UNKNOWN_MODEL, message="There is no deployment.")
     asked: list[str] = []
@@ -175,7 +175,7 @@ async def test_progress_by_lines(nats_url: str, redis_url: str, prefix: str) -> 
 
 
 async def test_no_scheduler(nats_url: str, redis_url: str, prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.gateway.admin.AWAY_S", 0.5)
+    monkeypatch.setattr("services.gateway.patience.AWAY_S", 0.5)
     async with cluster(nats_url, redis_url, prefix) as it:
         async with it.post("/v1/admin/deployments", SPEC) as response:
             assert response.status == 503

@@ -6,9 +6,11 @@ import asyncio
 from typing import Any
 
 import msgspec
+import pytest
 
 from shared.bus import Reply
 from shared.contracts.placement import CandidateView, DecisionView, Explain, Explanation, Parts
+from shared.errors import Code, Failure
 from shared.subjects import EXPLAIN
 from tests.integration.gateway.harness import Cluster, FakeWorker, Work, answer, cluster, until
 
@@ -106,9 +108,35 @@ async def one_request(it: Cluster) -> str:
     return str(request_id)
 
 
-async def test_a_gateway_tells_what_it_knows_when_the_scheduler_is_away(
-    nats_url: str, redis_url: str, prefix: str
+async def test_an_explanation_outlives_a_change_of_leader(
+    nats_url: str, redis_url: str, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("services.gateway.patience.AGAIN_S", 0.05)
+    pauses = [
+        Failure(code=Code.UNAVAILABLE, message="The scheduler is starting.", retry_after_s=1.0),
+        Failure(code=Code.DRAINING, message="The scheduler is shutting down."),
+        Failure(code=Code.INTERNAL, message="Something is wrong."),
+    ]
+
+    def explain(message: Explain, reply: Reply[Explanation]) -> None:
+        reply(pauses.pop(0) if pauses and message.deployment else Explanation(scheduler_id="s2", term=2))
+
+    async with cluster(nats_url, redis_url, prefix) as it:
+        await it.deploy()
+        await it.bus.serve(EXPLAIN, explain)
+        await it.bus.flush()
+        status, body = await get(it, "/v1/admin/explain/m")
+        assert (status, body["error"]["message"]) == (500, "Something is wrong."), "what does not pass is told at once"
+        pauses += [Failure(code=Code.UNAVAILABLE, message="The scheduler is starting.", retry_after_s=1.0)] * 2
+        status, body = await get(it, "/v1/admin/explain/m")
+        assert (status, body["term"], pauses) == (200, 2, [])
+
+
+async def test_a_gateway_tells_what_it_knows_when_the_scheduler_is_away(
+    nats_url: str, redis_url: str, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.gateway.explain.TAKEOVER_S", 0.1)
+    monkeypatch.setattr("services.gateway.patience.AGAIN_S", 0.05)
     async with cluster(nats_url, redis_url, prefix) as it:
         await it.deploy()
         await it.worker()

@@ -291,7 +291,7 @@ async def test_the_newer_owner_is_the_source(nats_url: str, redis_url: str, pref
 async def test_a_scheduler_that_is_away(
     nats_url: str, redis_url: str, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.gateway.moves.AWAY_S", 0.5)
+    monkeypatch.setattr("services.gateway.patience.AWAY_S", 0.5)
     monkeypatch.setattr("services.gateway.moves.POLL_S", 0.1)
     async with cluster(nats_url, redis_url, prefix) as it:
         await Worker(it, "w1", runs=[running("a", "w1")]).start()
@@ -445,7 +445,7 @@ async def test_what_a_silent_worker_runs_is_in_its_records(nats_url: str, redis_
 async def test_a_worker_that_does_not_answer(
     nats_url: str, redis_url: str, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.gateway.moves.AWAY_S", 0.3)
+    monkeypatch.setattr("services.gateway.patience.AWAY_S", 0.3)
     monkeypatch.setattr("services.gateway.moves.POLL_S", 0.1)
     async with cluster(nats_url, redis_url, prefix) as it:
         await (await Worker(it, "w1").start()).stop()
