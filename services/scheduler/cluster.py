@@ -48,9 +48,8 @@ class Cluster:
 
     `needed` are the replicas to which moves are under way; they are not idle, whatever they say. `floors` maps a
     deployment to the replicas that its moves want it to have. `moving` are the replicas that are being emptied. All
-    three are written by `moves` only. `touched_names` are the
-    deployments of which something has changed since `take_touched`, and `releases` are the workers on which something
-    may have come free for somebody who waits.
+    three are written by `moves` only. `touched_names` are the deployments of which something has changed since
+    `take_touched`, and `releases` are the workers on which something may have come free for somebody who waits.
     """
 
     def __init__(self, *, kv_bytes_max: int) -> None:

@@ -309,6 +309,7 @@ class Fairness:
         for name, known in self._known.items():
             assert known.held == held.get(name, 0), f"{name} holds {held.get(name, 0)}, not {known.held}"
             assert known.held > 0 or name in self._line, f"{name} neither waits nor holds anything"
+            assert name in self._line or name not in self._left_at, f"{name} has a place again"
 
     # -- the arithmetic ------------------------------------------------------------------------------------------
 
