@@ -29,6 +29,7 @@ TIERS: Final = {"dram": "DRAM", "ssd": "SSD", "peer": "a peer", "remote": "the s
 # An estimate that is off by less is right.
 RIGHT: Final = 0.005
 NOTHING: Final = ("wait", "impossible")
+FEW: Final = 20  # loads of which a 95th percentile says nothing
 ROOM: Final = ("evict", "move")
 
 
@@ -44,9 +45,19 @@ def explanation(found: Explanation, about: str) -> RenderableType:
     for one in found.decisions:
         parts += [decision(one), ""]
     if found.median_error is not None:
-        worst = f", 95 % by at most {percent(found.p95_error)}" if found.p95_error is not None else ""
-        parts.append(Text(f"estimates were off by {percent(found.median_error)} at the median{worst}", style="dim"))
+        parts.append(Text(_accuracy(found), style="dim"))
     return Group(*parts)
+
+
+def _accuracy(found: Explanation) -> str:
+    """How far the last estimates were off."""
+    median = percent(found.median_error or 0.0)
+    if found.loads == 1:
+        return f"the only load so far was estimated with an error of {median}"
+    which = f"the last {found.loads} estimates" if found.loads else "estimates"
+    few = found.p95_error is None or found.loads < FEW
+    worst = "" if few else f", 95 % by at most {percent(found.p95_error or 0.0)}"
+    return f"{which} were off by {median} at the median{worst}"
 
 
 # -- a decision -------------------------------------------------------------------------------------------------------

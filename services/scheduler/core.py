@@ -434,6 +434,7 @@ class Core:
             doing=self._underway.told(name, now),
             median_error=errors.median,
             p95_error=errors.p95,
+            loads=errors.loads,
         )
 
     def _count_places(self, now: float, out: list[Action]) -> None:

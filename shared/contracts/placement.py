@@ -177,8 +177,8 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True, tag="explanation", 
     """The decisions that were asked for, latest first. `waiting` says why nothing is placed now ("": nothing waits),
     `doing` what is being done now so that the deployment gets a place, or what it waits for ("": nothing).
 
-    `median_error` and `p95_error` are those of the estimator over its last loads, relative to what they took (None: no
-    load yet).
+    `median_error` and `p95_error` are those of the estimator over its last loads, so many as `loads`, relative to what
+    they took (None: no load yet).
     """
 
     scheduler_id: str
@@ -188,6 +188,7 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True, tag="explanation", 
     doing: str = ""
     median_error: float | None = None
     p95_error: float | None = None
+    loads: int = 0
 
 
 __all__ = [

@@ -356,6 +356,7 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
         doing="waits for m to leave w4",
         median_error=0.05,
         p95_error=0.2,
+        loads=64,
     ),
     placement.ReplicaFailed(replica_id="p1", deployment="org/model:7b", worker_id="w1", failure=FAILURE),
     events.ClusterEvent(event="replica.loaded", service="w1", at_s=1.0, facts={"read_s": 0.5, "tier": "ssd"}),

@@ -52,7 +52,7 @@ def test_a_decision_shows_every_candidate_in_parts_the_chosen_one_marked_and_wha
         candidates=(CHOSEN, NEXT, refused(5, "no memory"), refused(6, "no memory"), refused(7, "draining")), more=994,
         actual=Parts(attach_s=0.05, room_s=0.9), actual_s=0.98,
     )  # fmt: skip
-    assert shown(explanation(told(one, median_error=0.043, p95_error=0.21), "x")) == [
+    assert shown(explanation(told(one, median_error=0.043, p95_error=0.21, loads=64), "x")) == [
         "org/assistant → worker-1 loaded after making room · 12 s ago",
         "  worker-1 is the fastest.",
         "  replica assistant-x1 · decided in 0.4 ms",
@@ -65,7 +65,16 @@ def test_a_decision_shows_every_candidate_in_parts_the_chosen_one_marked_and_wha
         "  not worker-7: draining",
         "  994 other workers could not have been better",
         "",
-        "estimates were off by 4 % at the median, 95 % by at most 21 %",
+        "the last 64 estimates were off by 4 % at the median, 95 % by at most 21 %",
+    ]
+
+
+def test_few_loads_say_little_of_how_far_estimates_are_off() -> None:
+    lines = [shown(explanation(told(median_error=0.5, p95_error=0.9, loads=count), "x"))[-1] for count in (1, 19, 20)]
+    assert lines == [
+        "the only load so far was estimated with an error of 50 %",
+        "the last 19 estimates were off by 50 % at the median",
+        "the last 20 estimates were off by 50 % at the median, 95 % by at most 90 %",
     ]
 
 

@@ -57,7 +57,7 @@ def test_somebody_who_asks_why_is_told_what_was_decided_and_what_it_took() -> No
     assert it.take(StartupMeasured) == []
     (view,) = asked(it, Explain(deployment="m")).decisions
     assert (view.replica_id, view.actual_s) == ("r1", 2.0)
-    nothing = Explanation(scheduler_id="", term=0, median_error=0.25, p95_error=0.25)
+    nothing = Explanation(scheduler_id="", term=0, median_error=0.25, p95_error=0.25, loads=1)
     assert asked(it, Explain(deployment="other")) == nothing, "how far estimates are off is told to everybody"
 
 
