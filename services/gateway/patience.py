@@ -48,7 +48,7 @@ class Patience:
         now = time.monotonic()
         self._since = now if self._since is None else self._since
         if not self._passing(error) or now - self._since > self._within_s:
-            raise named(error, self._who) from error
+            raise named(error, self._who)
         await asyncio.sleep(AGAIN_S)
 
     def heard(self) -> None:
@@ -58,4 +58,8 @@ class Patience:
 
 def named(error: HearthError, who: str) -> HearthError:
     """The error with the name of who did not answer, instead of a subject's."""
-    return HearthError(Code.UNAVAILABLE, f"{who} does not answer.") if unanswered(error) else error
+    if not unanswered(error):
+        return error
+    silent = HearthError(Code.UNAVAILABLE, f"{who} does not answer.")
+    silent.__cause__ = error
+    return silent

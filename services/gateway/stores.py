@@ -5,8 +5,6 @@ Long work (importing, verifying, …) is the store's: it goes on when the client
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any, Final, TypeVar
 
@@ -16,6 +14,7 @@ from aiohttp import web
 from services.gateway.admin import WRITABLE, ProgressLine, check_source, check_url
 from services.gateway.answers import answer_steps, encode, json_answer, read_json_body, read_optional_body
 from services.gateway.openai import bad, decode_json
+from services.gateway.patience import Patience, named
 from services.gateway.service import Gateway
 from shared.codec import CodecError
 from shared.contracts.records import ServerRecord
@@ -40,8 +39,6 @@ from shared.errors import Code, HearthError
 from shared.subjects import EVICT, EXPORT, ID_PATTERN, IMPORT, LIST, PIN, PREFETCH, VERIFY, Endpoint
 
 POLL_S: Final = 0.5
-AWAY_S: Final = 10.0  # a store that restarts is back within this, and goes on where it was
-AWAY: Final = (Code.UNAVAILABLE, Code.DRAINING)  # what a store that restarts answers, or the bus in its place
 TIERS: Final = ("dram", "ssd")
 _ID_CHARS: Final = 64
 
@@ -262,19 +259,17 @@ class Stores:
         self, endpoint: Endpoint[Q, Any], message: Q, server_id: str, result: Callable[[Any], Any]
     ) -> AsyncGenerator[bytes, None]:
         """The JSON of every answer to repeated long polls; the last one, no `Progress`, as `result` puts it."""
-        begun, away_since = False, 0.0
+        patience, begun = Patience(_store_of(server_id), _away), False
         while True:
             try:
                 step = await self._call(endpoint, message, server_id, extra_s=POLL_S)
             except HearthError as error:
-                # What has begun is not given up because the store is being restarted.
-                now = time.monotonic()
-                away_since = away_since or now
-                if not begun or error.failure.code not in AWAY or now - away_since > AWAY_S:
+                if not begun:
                     raise
-                await asyncio.sleep(POLL_S)
+                await patience.bear(error)  # what has begun is not given up because the store is being restarted
                 continue
-            begun, away_since = True, 0.0
+            patience.heard()
+            begun = True
             if not isinstance(step, Progress):
                 yield encode(result(step))
                 return
@@ -284,6 +279,13 @@ class Stores:
         try:
             return await self._gateway.bus.call(endpoint, message, extra_s=extra_s, server_id=server_id)
         except HearthError as error:
-            if error.failure.code is Code.UNAVAILABLE and error.__cause__ is not None:  # the bus's own words
-                raise HearthError(Code.UNAVAILABLE, f"The store of {server_id} does not answer.") from error
-            raise
+            raise named(error, _store_of(server_id)) from error.__cause__
+
+
+def _store_of(server_id: str) -> str:
+    return f"The store of {server_id}"
+
+
+def _away(error: HearthError) -> bool:
+    """Whether that is what a store that restarts answers, or the bus in its place."""
+    return error.failure.code in (Code.UNAVAILABLE, Code.DRAINING)

@@ -223,7 +223,7 @@ async def test_no_such_server_names_those_that_are_there(nats_url: str, redis_ur
 async def test_a_store_that_does_not_answer(
     nats_url: str, redis_url: str, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.gateway.stores.AWAY_S", 0.3)
+    monkeypatch.setattr("services.gateway.patience.AWAY_S", 0.3)
     monkeypatch.setattr("services.gateway.stores.POLL_S", 0.1)
     async with cluster(nats_url, redis_url, prefix) as it:
         store = await Store(it).start()
