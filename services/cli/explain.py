@@ -45,18 +45,18 @@ def explanation(found: Explanation, about: str) -> RenderableType:
     for one in found.decisions:
         parts += [decision(one), ""]
     if found.median_error is not None:
-        parts.append(Text(_accuracy(found), style="dim"))
+        parts.append(Text(_accuracy(found, percent(found.median_error)), style="dim"))
     return Group(*parts)
 
 
-def _accuracy(found: Explanation) -> str:
+def _accuracy(found: Explanation, median: str) -> str:
     """How far the last estimates were off."""
-    median = percent(found.median_error or 0.0)
     if found.loads == 1:
         return f"the only load so far was estimated with an error of {median}"
     which = f"the last {found.loads} estimates" if found.loads else "estimates"
-    few = found.p95_error is None or found.loads < FEW
-    worst = "" if few else f", 95 % by at most {percent(found.p95_error or 0.0)}"
+    worst = ""
+    if found.p95_error is not None and found.loads >= FEW:
+        worst = f", 95 % by at most {percent(found.p95_error)}"
     return f"{which} were off by {median} at the median{worst}"
 
 

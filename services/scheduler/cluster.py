@@ -47,9 +47,10 @@ class Cluster:
     """The picture. `now` is always a monotonic second of the scheduler's own clock.
 
     `needed` are the replicas to which moves are under way; they are not idle, whatever they say. `floors` maps a
-    deployment to the replicas that its moves want it to have. `moving` are the replicas that are being emptied. All
-    three are written by `moves` only. `touched_names` are the deployments of which something has changed since
-    `take_touched`, and `releases` are the workers on which something may have come free for somebody who waits.
+    deployment to the replicas that its moves want it to have. `moving` are the replicas of which any requests are
+    being moved. All three are written by `moves` only. `touched_names` are the deployments of which something has
+    changed since `take_touched`, and `releases` are the workers on which something may have come free for somebody who
+    waits.
     """
 
     def __init__(self, *, kv_bytes_max: int) -> None:

@@ -144,16 +144,14 @@ class Decisions:
 
     def waiting(self, deployment: str) -> str:
         """Why nothing is placed for a deployment, if that was the last thing decided about it; else ""."""
-        entries = self._of_deployment.get(deployment)
-        last = next(reversed(entries.values())).decision if entries else None
-        return last.reason if last is not None and last.outcome in NOTHING else ""
+        last = self._last(deployment)
+        return last.decision.reason if last is not None and last.decision.outcome in NOTHING else ""
 
     def closed(self, deployment: str) -> frozenset[str]:
         """Workers that could not take a deployment even if they were empty, as far as its last decision says."""
-        entries = self._of_deployment.get(deployment)
-        last = next(reversed(entries.values())).decision if entries else None
-        never = (one for one in last.candidates if one.never) if last is not None else ()
-        return frozenset(id for one in never for id in one.worker_ids)
+        last = self._last(deployment)
+        candidates = last.decision.candidates if last is not None else ()
+        return frozenset(id for one in candidates if one.never for id in one.worker_ids)
 
     def check(self) -> None:
         """Assert every invariant."""
@@ -177,10 +175,13 @@ class Decisions:
             return reversed(self._of_deployment.get(message.deployment, {}).values())
         return reversed(self._entries.values())
 
+    def _last(self, deployment: str) -> _Entry | None:
+        entries = self._of_deployment.get(deployment)
+        return next(reversed(entries.values())) if entries else None
+
     def _again(self, decision: Decision) -> _Entry | None:
         """The entry of which this is a repetition: the same deployment went away empty-handed the last time, too."""
-        entries = self._of_deployment.get(decision.deployment)
-        last = next(reversed(entries.values())) if entries else None
+        last = self._last(decision.deployment)
         return last if last is not None and last.decision.outcome is decision.outcome else None
 
     def _room_for(self, decision: Decision, replica_id: str, now: float) -> _Entry | None:

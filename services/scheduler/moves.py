@@ -216,7 +216,7 @@ class Moves:
     def relief(self, message: Relief, now: float, out: list[Action]) -> None:
         """A replica is short of KV memory: what fits elsewhere goes there; else one more replica is wanted a while."""
         replica = self._wishes.relieved(message, now)
-        if replica is None or any(one.whole and one.replica_id == message.replica_id for one in self._all()):
+        if replica is None or message.replica_id in self._moving():
             return
         found = self._found(MigrationReason.KV_MEMORY, replica, now)
         want = self._wishes.relief(replica, message.requests, found, now, out)
@@ -347,7 +347,7 @@ class Moves:
     def step(self, now: float, out: list[Action]) -> list[MoveOver]:
         """Carry every move on; those that are over now."""
         self._forget(now)
-        for want, replica in self._wishes.drains(frozenset(move.replica_id for move in self._all() if move.whole)):
+        for want, replica in self._wishes.drains(self._moving()):
             self._open(want, replica, now, out, drains=True)
         for move in self._all():
             self._advance(move, now, out)
@@ -362,9 +362,13 @@ class Moves:
         self._cluster.floors = self._wishes.floors(
             move.deployment for move in self._all() if move.drains and move.deployment in self._cluster.deployments
         )
-        self._cluster.moving = frozenset(move.replica_id for move in self._all() if move.whole)
+        self._cluster.moving = self._moving()
         over, self._over = self._over, []
         return over
+
+    def _moving(self) -> frozenset[str]:
+        """Replicas of which any requests are being moved, not some by name."""
+        return frozenset(move.replica_id for move in self._all() if move.whole)
 
     def _forget(self, now: float) -> None:
         self._landed = [

@@ -45,14 +45,14 @@ class Underway:
 def in_line(cluster: Cluster, name: str, closed: frozenset[str], remaining_s: Remaining, within_s: float) -> str:
     """Whose end would free a place soonest for a deployment that stands in line, and within which time it starts in any
     case (infinite: that is not promised). Nothing comes free for it on the workers that are `closed` to it."""
-    busy = sorted(
+    busy = (
         (remaining_s(one), id)
         for id, one in cluster.replicas.items()
         if one.running > 0 and one.deployment != name and one.worker_id not in closed
     )
-    if not busy:
+    left_s, id = min(busy, default=(math.inf, ""))
+    if not id:
         return ""
-    left_s, id = busy[0]
     one = cluster.replicas[id]
     first = f"{_running(one)} on {one.worker_id}, expected to end in {duration(left_s)}"
     promise = f"; starts within {duration(max(0.0, within_s))} in any case" if within_s < math.inf else ""
