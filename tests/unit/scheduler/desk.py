@@ -127,6 +127,14 @@ class Desk:
             raise AssertionError("the core spins")
         self.now = until
 
+    def wait_for_room(self, step_s: float = 1.0) -> None:
+        """Let time pass in such steps until room is being made for somebody; for a minute at most."""
+        for _ in range(round(60.0 / step_s)):
+            self.wait(step_s)
+            if self.core.cluster.rooms:
+                return
+        raise AssertionError("no room is made for anybody")
+
     def take(self, kind: type[T], when: Callable[[T], bool] = lambda _: True) -> list[T]:
         """The actions of this kind that nobody has looked at yet."""
         found = [one for one in self.out if isinstance(one, kind) and when(one)]

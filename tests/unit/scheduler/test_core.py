@@ -158,14 +158,10 @@ def test_a_busy_replica_goes_on_until_its_turn_is_over_and_then_its_end_is_await
     desk.hint("m")
     desk.wait(40.0)
     assert desk.take(CommandStop) == []  # m is in time if x goes on
-    for _ in range(60):
-        desk.wait(1.0)
-        stops = desk.take(CommandStop)
-        if stops:
-            break
-    stop = stops[0].message
+    desk.wait_for_room()
+    stop = desk.only(CommandStop).message
     left_s = desk.core.estimator.remaining_s(desk.core.cluster.replicas[load.message.replica_id])
-    assert (len(stops), stop.replica_id, stop.drain, stop.abort) == (1, load.message.replica_id, True, False)
+    assert (stop.replica_id, stop.drain, stop.abort) == (load.message.replica_id, True, False)
     assert 0.0 < desk.core.fairness.slack_s("m", desk.now) <= left_s
     assert desk.take(CommandLoad) == []
     desk.gone(load.message.replica_id)
@@ -185,13 +181,9 @@ def test_whose_end_is_awaited_too_long_is_parked_in_time_and_nobody_else_is_aske
     desk.wait(20.0)
     desk.queue("m", 1)
     desk.hint("m")
-    for _ in range(60):
-        desk.wait(0.5)
-        stops = desk.take(CommandStop)
-        if stops:
-            break
-    awaited = stops[0].message
-    assert (len(stops), awaited.drain, awaited.abort) == (1, True, False)
+    desk.wait_for_room(0.5)
+    awaited = desk.only(CommandStop).message
+    assert (awaited.drain, awaited.abort) == (True, False)
     draining = desk.replicas[awaited.replica_id]
     desk.replicas[awaited.replica_id] = msgspec.structs.replace(draining, state=ReplicaState.DRAINING)
     desk.tell(RecordHinted("replica", awaited.replica_id, False))
@@ -242,10 +234,7 @@ def test_who_comes_later_does_not_get_the_turn_that_has_just_come() -> None:
     desk.queue("m", 1)
     desk.hint("m")
     assert desk.take(CommandStop) == []  # x has not had its turn yet
-    for _ in range(60):
-        desk.wait(1.0)
-        if desk.core.cluster.rooms:
-            break
+    desk.wait_for_room()
     desk.take(CommandStop)
     desk.take(Note)
     desk.queue("b", 1)

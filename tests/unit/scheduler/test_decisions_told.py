@@ -126,10 +126,7 @@ def test_what_is_being_done_to_make_room_is_told_until_nobody_is_in_the_way() ->
         "takes the first place that comes free, perhaps after 3 requests of x on a0, expected to end in "
     )
     assert told.endswith("; starts within 1 min in any case")
-    for _ in range(60):
-        it.wait(1.0)
-        if it.core.cluster.rooms:
-            break
+    it.wait_for_room()
     it.only(CommandStop)
     doing = asked(it, Explain(deployment="m")).doing
     assert doing.startswith("waits for the end of 3 requests of x on a0, expected in ")

@@ -282,12 +282,18 @@ def test_a_higher_priority_parks_a_lower_one_after_the_least_tenure() -> None:
     assert (fairness.counts.parks, fairness.counts.outranked) == (1, 1)
 
 
-def test_who_has_several_replicas_gives_one_after_its_tenure_though_nobody_is_late() -> None:
+def two_against_none() -> Fairness:
+    """ "a" has both places since 0 s, "b" wants one since 100 s."""
     fairness = Fairness(FairnessRules(start_within_s=60.0, tenure_min_s=5.0, turn_s=0.0))
     fairness.set_places(2)
     fairness.ready("a1", "a", 0.0)
     fairness.ready("a2", "a", 0.0)
     fairness.wanting("b", 100.0, 0, 4.0, 100.0)
+    return fairness
+
+
+def test_who_has_several_replicas_gives_one_after_its_tenure_though_nobody_is_late() -> None:
+    fairness = two_against_none()
     assert not fairness.urgent("b", 100.0)
     assert fairness.parkable("a1", "b", 100.0)
     fairness.parked("a1", "b", 100.0)
@@ -296,11 +302,7 @@ def test_who_has_several_replicas_gives_one_after_its_tenure_though_nobody_is_la
 
 
 def test_who_has_several_replicas_gives_none_for_the_sake_of_fewer_than_it_serves() -> None:
-    fairness = Fairness(FairnessRules(start_within_s=60.0, tenure_min_s=5.0, turn_s=0.0))
-    fairness.set_places(2)
-    fairness.ready("a1", "a", 0.0)
-    fairness.ready("a2", "a", 0.0)
-    fairness.wanting("b", 100.0, 0, 4.0, 100.0)
+    fairness = two_against_none()
     assert not fairness.parkable("a1", "b", 100.0, shares=False)
     urgent_at = fairness.urgent_at("b", 100.0)
     assert urgent_at is not None
